@@ -1,0 +1,263 @@
+"""Set up a machine that has Python and nothing else, then train or test.
+
+    python3 tools/bootstrap.py train [-n RANKS] [DECK] [key=value ...] [options of hpcsync.train]
+    python3 tools/bootstrap.py test [arguments of pytest]
+    python3 tools/bootstrap.py setup
+
+Each makes the virtual environment .venv in the checkout, or reuses it while the pins and the
+package's metadata are unchanged. Open MPI comes as a wheel; ``--system-mpi`` takes the site's MPI
+(in an environment of its own, .venv-system, because mpi4py would find the wheel's first).
+
+Only the standard library is imported here, and the file parses on old Pythons, so that a Python
+that is too old is told so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = (3, 11)
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+STAMP = "hpcsync-setup.json"
+
+
+def say(text: str) -> None:
+    """Tell the user, on stderr: stdout belongs to the command that follows."""
+    print("bootstrap: " + text, file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> None:
+    """End with one line and exit status 2."""
+    say(text)
+    raise SystemExit(2)
+
+
+# --- the virtual environment ------------------------------------------------------------------
+
+
+def _quiet(*command: str, env: dict[str, str] | None = None) -> str | None:
+    """Run a command; None if it succeeded, else the last of what it said."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=env,
+            check=False,
+        )
+    except OSError as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return done.stdout.decode(errors="replace").strip()[-2000:] or "exit status not 0"
+
+
+def _by_venv(where: Path) -> str | None:
+    return _quiet(sys.executable, "-m", "venv", "--clear", str(where))
+
+
+def _by_virtualenv(where: Path) -> str | None:
+    """Debian leaves ensurepip out of python3; virtualenv does not need it, and comes by pip.
+
+    It is installed aside and thrown away: Debian's own Python is externally managed.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        why = _quiet(sys.executable, "-m", "pip", "install", "--target", aside, "virtualenv")
+        if why is not None:
+            return why
+        env = dict(os.environ, PYTHONPATH=aside)
+        return _quiet(sys.executable, "-m", "virtualenv", "--clear", str(where), env=env)
+
+
+def _by_apt(where: Path) -> str | None:
+    """As root on Debian or Ubuntu: install the missing python3-venv."""
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return "not root, or no apt-get"
+    say("installing Debian's python3-venv")
+    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    package = "python{}.{}-venv".format(*sys.version_info[:2])
+    install = ("apt-get", "install", "-y", "--no-install-recommends", package)
+    if _quiet(*install, env=env) is not None:
+        _quiet("apt-get", "update", env=env)
+        why = _quiet(*install, env=env)
+        if why is not None:
+            return why
+    return _by_venv(where)
+
+
+def make_environment(where: Path) -> None:
+    """Make an empty virtual environment with pip, by whatever this machine allows."""
+    say(f"making the virtual environment {where}")
+    for way in (_by_venv, _by_virtualenv, _by_apt):
+        if way(where) is None:
+            return
+        shutil.rmtree(where, ignore_errors=True)
+    fail(
+        f"cannot make a virtual environment with {sys.executable}: it lacks venv and pip; "
+        "install them (Debian, Ubuntu: sudo apt-get install python3-venv) and run this again"
+    )
+
+
+def fingerprint() -> str:
+    """A digest of all that decides what is installed."""
+    digest = hashlib.sha256()
+    for name in ("constraints.txt", "pyproject.toml"):
+        digest.update((ROOT / name).read_bytes())
+    digest.update(f"{ROOT} {os.path.realpath(sys.executable)} {sys.version}".encode())
+    return digest.hexdigest()
+
+
+def install(python: Path, extras: list[str]) -> None:
+    """Install hpcsync, editable, with ``extras``, at the pinned versions."""
+    say(f"installing hpcsync[{','.join(extras)}] at the versions of constraints.txt")
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pins = ["-c", str(ROOT / "constraints.txt")]
+    if _quiet(*pip, *pins, "torch") is not None:
+        # The package index has no CPU build of torch: take it from torch's own.
+        why = _quiet(*pip, *pins, "torch", "--no-deps", "--index-url", TORCH_CPU_INDEX)
+        if why is not None:
+            fail(f"cannot install torch's CPU build: {_last_line(why)}")
+    why = _quiet(*pip, *pins, "-e", f"{ROOT}[{','.join(extras)}]")
+    if why is not None:
+        print(why, file=sys.stderr)
+        fail(f"pip could not install hpcsync: {_last_line(why)}")
+
+
+def _last_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if line.startswith("ERROR")]
+    return (errors or text.splitlines())[-1]
+
+
+def prepare(where: Path, extras: list[str]) -> Path:
+    """Make ``where`` a working environment with ``extras``, and return its Python."""
+    python = where / "bin" / "python"
+    stamp = where / STAMP
+    known: dict[str, object] = {}
+    if stamp.is_file() and python.exists():
+        known = json.loads(stamp.read_text())
+    have = known.get("extras")
+    have = have if isinstance(have, list) and known.get("pins") == fingerprint() else None
+    if have is not None and set(extras) <= set(have):
+        return python
+    wanted = sorted(set(extras) | set(have or ()))
+    if have is None:
+        make_environment(where)
+    stamp.unlink(missing_ok=True)
+    install(python, wanted)
+    stamp.write_text(json.dumps({"pins": fingerprint(), "extras": wanted}))
+    return python
+
+
+# --- mpirun -----------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_open_mpi(mpirun: str) -> bool:
+    """Whether this mpirun is Open MPI's, the one that takes the flags below."""
+    version = subprocess.run([mpirun, "--version"], capture_output=True, check=False)
+    return b"Open MPI" in version.stdout or b"OpenRTE" in version.stdout
+
+
+def mpirun_command(mpirun: str, ranks: int) -> list[str]:
+    """``mpirun -n RANKS`` with the flags that one machine needs.
+
+    Open MPI counts a slot a core and refuses more ranks than slots unless told otherwise; its
+    blocking calls spin, which starves the other ranks of an overfull machine unless they yield;
+    and it would bind a rank to one core, which the rank's communication thread must not share.
+    """
+    command = [mpirun, "-n", str(ranks)]
+    if is_open_mpi(mpirun):
+        command += ["--oversubscribe", "--bind-to", "none"]
+        if ranks > cores():
+            command += ["--mca", "mpi_yield_when_idle", "1"]
+    return command
+
+
+def mpirun_environment(environment: dict[str, str]) -> dict[str, str]:
+    """The same environment, with Open MPI's consent to run as root where we are root."""
+    if os.geteuid() != 0:
+        return dict(environment)
+    return dict(
+        environment, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"
+    )
+
+
+# --- the commands -----------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and everything else for the command that is started."""
+    parser = argparse.ArgumentParser(
+        prog="bootstrap.py",
+        description="Set up this checkout, then train or test.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--venv", type=Path, metavar="DIR", help="default: .venv in the checkout")
+    parser.add_argument("--system-mpi", action="store_true", help="the site's mpirun, no wheel")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,test,setup}")
+    train = commands.add_parser("train", allow_abbrev=False, add_help=False)
+    train.add_argument("-n", type=int, default=2, dest="ranks")
+    commands.add_parser("test", allow_abbrev=False, add_help=False)
+    setup = commands.add_parser("setup", allow_abbrev=False)
+    setup.add_argument("--extras", default="digits", help="default: digits")
+    return parser.parse_known_args(argv)
+
+
+def site_mpirun() -> str:
+    """The mpirun of the site, or the end."""
+    found = shutil.which("mpirun")
+    if found is None:
+        fail("--system-mpi: no mpirun on PATH; load the site's MPI module, or leave the flag out")
+    assert found is not None
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Prepare the environment, then become the command."""
+    if sys.version_info < OLDEST:
+        fail("hpcsync needs Python {}.{} or newer; this is {}".format(*OLDEST, sys.version.split()[0]))
+    options, rest = parse(argv)
+    if options.command == "setup" and rest:
+        fail(f"setup does not know {' '.join(rest)}")
+    default = ROOT / (".venv-system" if options.system_mpi else ".venv")
+    where = options.venv.absolute() if options.venv else default
+    system = site_mpirun() if options.system_mpi else None
+    extras = {"train": "digits", "test": "digits,test"}.get(options.command) or options.extras
+    wheel = [] if options.system_mpi else ["mpi"]
+    python = prepare(where, sorted(wheel + extras.split(",")))
+    environment = mpirun_environment(dict(os.environ))
+    environment["VIRTUAL_ENV"] = str(where)
+    environment["PATH"] = f"{where / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment.pop("PYTHONHOME", None)
+    if options.command == "setup":
+        say(f"ready: . {where}/bin/activate")
+        return
+    if options.command == "test":
+        os.chdir(ROOT)
+        command = [str(python), "-m", "pytest", *rest]
+    else:
+        mpirun = system or str(where / "bin" / "mpirun")
+        command = [*mpirun_command(mpirun, options.ranks), str(python), "-m", "hpcsync.train", *rest]
+    sys.stderr.flush()
+    # Replacing this process lets signals reach the job itself.
+    os.execve(command[0], command, environment)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
