@@ -1,0 +1,312 @@
+"""One training step: forward, backward, agreement on the gradients, optimizer.
+
+    zero gradients
+    for each micro-batch: forward under autocast, loss x scale / micro-batches, backward
+                          (all but the last under no_sync; the last joins the exchange)
+    global norm -> finite on every rank? -> unscale and clip in one pass -> learning rate -> AdamW
+                                        \\-> skip the step, shrink the scale
+
+Gradients are means over all ranks when backward returns, the same bits everywhere, so every
+rank decides alike from its own copy and nothing more need be exchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from .config import TrainConfig
+from .errors import NonFiniteError, UserError
+
+Batch = tuple[Tensor, Tensor]
+
+# Loss scale: start, growth after so many good steps in a row, and bounds (as torch.amp's).
+_SCALE_START = 2.0**16
+_SCALE_PATIENCE = 2000
+_SCALE_MAX = 2.0**24
+_SCALE_MIN = 2.0**-14
+
+
+class DataParallelLike(Protocol):
+    """What the engine asks of ``hpcsync.DataParallel``."""
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor: ...
+
+    def no_sync(self) -> AbstractContextManager[None]: ...
+
+    def norm(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step came to on this rank.
+
+    Attributes:
+        step: counted from 1.
+        loss: mean over this rank's micro-batches, in nats a target.
+        grad_norm: of the mean gradients of all ranks, unscaled, before clipping.
+        lr: learning rate of the step.
+        loss_scale: factor on the loss in this step; 1 when there is none.
+        skipped: gradients were not finite and the weights were left as they were.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    skipped: bool
+
+
+class LossScale:
+    """A constant factor on the loss, or one that follows the gradients' range.
+
+    The dynamic rule is that of Micikevicius et al., "Mixed precision training", ICLR 2018,
+    section 3.2: halve on overflow, double after many steps without one.
+    """
+
+    def __init__(self, setting: float | str) -> None:
+        self.dynamic = setting == "dynamic"
+        self.value = 1.0 if setting == "none" else _SCALE_START if self.dynamic else float(setting)
+        self._good = 0
+
+    def update(self, finite: bool) -> None:
+        """Learn whether the step's gradients were finite; must be told alike on all ranks."""
+        if not self.dynamic:
+            return
+        self._good = self._good + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, _SCALE_MIN)
+        elif self._good >= _SCALE_PATIENCE:
+            self.value, self._good = min(self.value * 2, _SCALE_MAX), 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "good": self._good}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value, self._good = float(state["value"]), int(state["good"])
+
+
+class Engine:
+    """A model, its optimizer and its gradients, one step at a time.
+
+    Args:
+        model: the module inside ``data_parallel``; on one device.
+        optimizer: over the model's parameters.
+        data_parallel: wraps ``model``: called with inputs and targets it gives the mean loss
+            of a micro-batch; after the last backward its gradients are means over all ranks.
+        config: lengths, precision, clipping and the learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data_parallel: DataParallelLike,
+        config: TrainConfig,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.data_parallel = data_parallel
+        self.config = config
+        self.scale = LossScale(config.loss_scale)
+        self.step_count = 0
+        self.skipped = 0
+        self.skipped_in_row = 0
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Train on this rank's micro-batches of one global batch.
+
+        Args:
+            micro_batches: ``train.accumulate`` pairs of inputs and targets, of equal size on
+                all ranks.
+
+        Raises:
+            NonFiniteError: more than ``train.max_skipped`` steps in a row had gradients of NaN
+                or Inf; on all ranks alike. A loss that is not finite is left to the caller,
+                who knows of the other ranks'.
+        """
+        self.model.train()
+        self.optimizer.zero_grad()
+        scale = self.scale.value
+        loss = self._backward(micro_batches, scale)
+        norm = float(self.data_parallel.norm()) / scale
+        finite = math.isfinite(norm)
+        lr = learning_rate(self.config, self.step_count)
+        if finite:
+            self._scale_gradients(norm, scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.scale.update(finite)
+        self.step_count += 1
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+        result = StepResult(
+            step=self.step_count,
+            loss=float(loss),
+            grad_norm=norm,
+            lr=lr,
+            loss_scale=scale,
+            skipped=not finite,
+        )
+        # With a loss that is NaN there is more to tell than that gradients are.
+        if self.skipped_in_row > self.config.max_skipped and math.isfinite(result.loss):
+            raise NonFiniteError(
+                f"step {self.step_count}: gradients were NaN or Inf in {self.skipped_in_row} "
+                "steps in a row (train.max_skipped allows "
+                f"{self.config.max_skipped}); lower train.lr or set train.clip_norm"
+            )
+        return result
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Held-out loss of this rank's share, without communication.
+
+        Returns:
+            The sum over samples of their mean loss in nats a target, and the number of samples;
+            sums of both over all ranks give the mean.
+        """
+        total, count = 0.0, 0
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                for inputs, targets in batches:
+                    inputs, targets = self._to_device(inputs, targets)
+                    total += float(self.model(inputs, targets)) * len(inputs)
+                    count += len(inputs)
+        finally:
+            self.model.train()
+        return total, count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer, loss scale and counts: all that later steps depend on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_scale": self.scale.state_dict(),
+            "step": self.step_count,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale.load_state_dict(state["loss_scale"])
+        self.step_count = int(state["step"])
+        self.skipped = int(state["skipped"])
+        self.skipped_in_row = int(state["skipped_in_row"])
+
+    def _backward(self, micro_batches: Sequence[Batch], scale: float) -> Tensor:
+        """Accumulate gradients; the mean loss stays a tensor until nothing waits for it."""
+        assert micro_batches, "a step without data"
+        last = len(micro_batches) - 1
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for index, (inputs, targets) in enumerate(micro_batches):
+            inputs, targets = self._to_device(inputs, targets)
+            with nullcontext() if index == last else self.data_parallel.no_sync():
+                with self._autocast():
+                    loss = self.data_parallel(inputs, targets)
+                (loss * (scale / len(micro_batches))).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach().float()
+        return total / len(micro_batches)
+
+    def _scale_gradients(self, norm: float, scale: float) -> None:
+        """Take the loss scale out and clip, in one pass over the gradients or none."""
+        clip = self.config.clip_norm
+        factor = (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0) / scale
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _to_device(self, inputs: Tensor, targets: Tensor) -> Batch:
+        return (
+            inputs.to(self.device, non_blocking=True),
+            targets.to(self.device, non_blocking=True),
+        )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to ``min_lr`` times ``lr`` at the last step.
+
+    ``step`` counts from 0. (Loshchilov and Hutter, "SGDR", ICLR 2017, equation 5.)
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    span = max(1, config.steps - 1 - config.warmup)
+    progress = min(1.0, (step - config.warmup) / span)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW (Loshchilov and Hutter, ICLR 2019); vectors such as biases and norms do not decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise UserError("model: no parameter takes a gradient, so there is nothing to train")
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused or None,
+    )
+
+
+def compile_model(model: nn.Module) -> None:
+    """torch.compile in place, block by block where the model names blocks.
+
+    A backward pass compiled as one piece gives all gradients at its end, too late to overlap
+    their exchange with it; blocks give them one after the other, and equal ones compile once.
+    """
+    listed = getattr(model, "blocks", None)
+    blocks = list(listed()) if callable(listed) else []
+    for module in blocks or [model]:
+        module.compile()
+
+
+@contextmanager
+def memory_errors(where: str) -> Iterator[None]:
+    """Turn running out of memory into one line that says what to change.
+
+    Raises:
+        UserError: out of memory; ``where`` names the stage, e.g. ``step 3``.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "MemoryError").splitlines()[0][:200]
+        raise UserError(
+            f"{where}: out of memory ({reason}); use more ranks or a larger train.accumulate, "
+            "train.activation_checkpointing=true, or a smaller model or train.global_batch"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Host and device allocators of torch raise RuntimeErrors of several texts."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)

@@ -1,0 +1,85 @@
+"""SIGINT and SIGTERM: remembered until a step boundary, where the ranks agree to stop.
+
+mpirun answers Ctrl-C by SIGTERM to every rank and, a quarter of a second later, SIGKILL, while a
+step may take seconds and Python runs signal handlers only between two steps of the interpreter.
+So a thread is woken through a pipe the moment the signal comes; it has the summary written at
+once, and ends the process if no step boundary is reached in time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds from the signal to the end of the process, if the step does not end before.
+GRACE_S = 5.0
+
+
+class StopSignals:
+    """A context in which SIGINT and SIGTERM ask for a stop instead of killing.
+
+    Must be entered on the main thread.
+
+    Attributes:
+        received: number of the first signal that came, 0 before.
+    """
+
+    def __init__(
+        self,
+        on_signal: Callable[[str], None],
+        give_up: Callable[[int], None],
+        grace_s: float = GRACE_S,
+    ) -> None:
+        """``on_signal(name)`` and ``give_up(status)`` are called from the thread."""
+        self.received = 0
+        self._on_signal = on_signal
+        self._give_up = give_up
+        self._grace_s = grace_s
+        self._over = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="hpcsync-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._write)  # the thread reads the end of the file
+        self._thread.join()
+        os.close(self._read)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+    def _watch(self) -> None:
+        number = 0
+        while number not in SIGNALS:
+            data = os.read(self._read, 1)
+            if not data:
+                return
+            number = data[0]
+        self.received = self.received or number
+        with contextlib.suppress(OSError):  # a full disk must not keep the job from ending
+            self._on_signal(signal.Signals(number).name)
+        if not self._over.wait(self._grace_s):
+            self._give_up(128 + number)

@@ -1,0 +1,279 @@
+"""What observers write, from records made by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcsync.observers import Observer, Observers, RunInfo, StepRecord, standard
+from hpcsync.observers.log import Log
+from hpcsync.observers.metrics import Metrics
+from hpcsync.observers.progress import Progress, brief, clock, is_terminal
+from hpcsync.observers.summary import Summary, overlap
+
+# The keys that other tools read; more may be added.
+PROMISED = [
+    "ranks",
+    "nodes",
+    "steps",
+    "loss_first",
+    "loss_last",
+    "val_loss",
+    "tokens_per_s",
+    "step_ms",
+    "compute_ms",
+    "comm_ms",
+    "exposed_comm_ms",
+    "overlap",
+    "internode_bytes_per_step",
+    "codec",
+    "algorithm",
+    "status",
+]
+
+
+def info(folder: Path, **changes: Any) -> RunInfo:
+    given: dict[str, Any] = {
+        "folder": folder,
+        "rank": 0,
+        "ranks": 4,
+        "nodes": 2,
+        "host": "a",
+        "steps": 10,
+        "tokens_per_step": 2048,
+        "unit": "byte",
+        "val_unit": "bits/byte",
+        "codec": "none",
+        "algorithm": "hierarchical",
+        "every_s": 0.0,
+    }
+    return RunInfo(**{**given, **changes})
+
+
+def record(step: int, **changes: Any) -> StepRecord:
+    given: dict[str, Any] = {
+        "step": step,
+        "loss": 5.0 - 0.1 * step,
+        "lr": 1e-3,
+        "grad_norm": 1.25,
+        "step_ms": 100.0 + step,
+        "compute_ms": 90.0,
+        "comm_ms": 40.0,
+        "exposed_comm_ms": 10.0,
+        "tokens_per_s": 20000.0,
+        "internode_bytes": 1000.0,
+        "loss_scale": 1.0,
+        "skipped": False,
+    }
+    return StepRecord(**{**given, **changes})
+
+
+def run(observer: Observer, about: RunInfo, steps: int = 3, status: str = "done") -> None:
+    observer.started(about)
+    observer.evaluated(0, 8.0)
+    for step in range(1, steps + 1):
+        if step == steps:
+            observer.evaluated(step, 3.5)
+        observer.stepped(record(step))
+    observer.ended(status, "")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_summary_holds_what_is_promised(tmp_path: Path) -> None:
+    run(Summary(), info(tmp_path))
+    found = summary(tmp_path)
+    assert set(PROMISED) <= set(found)
+    assert (found["ranks"], found["nodes"], found["steps"]) == (4, 2, 3)
+    assert found["loss_first"] == pytest.approx(4.9)
+    assert found["loss_last"] == pytest.approx(4.7)
+    assert (found["val_loss_first"], found["val_loss"]) == (8.0, 3.5)
+    assert found["step_ms"] == 102.0
+    assert found["overlap"] == pytest.approx(0.75)
+    assert found["tokens_per_s"] == pytest.approx(2048 / 0.102)
+    assert found["status"] == "done"
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_summary_of_a_run_that_failed_before_its_first_step(tmp_path: Path) -> None:
+    observer = Summary()
+    observer.started(info(tmp_path))
+    observer.ended("failed", "out of memory")
+    found = summary(tmp_path)
+    assert (found["status"], found["detail"], found["steps"]) == ("failed", "out of memory", 0)
+    assert found["loss_last"] is None
+    assert found["step_ms"] is None
+
+
+def test_summary_is_json_even_of_a_loss_that_is_nan(tmp_path: Path) -> None:
+    observer = Summary()
+    observer.started(info(tmp_path))
+    observer.stepped(record(1, loss=math.nan, grad_norm=math.inf, skipped=True))
+    observer.ended("failed", "")
+    found = summary(tmp_path)
+    assert found["loss_last"] is None
+    assert found["skipped"] == 1
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+
+
+def test_a_signal_writes_the_summary_at_once(tmp_path: Path) -> None:
+    observer = Summary()
+    observer.started(info(tmp_path))
+    observer.stepped(record(1))
+    observer.interrupted("SIGTERM")
+    assert summary(tmp_path)["status"] == "interrupted"
+    assert summary(tmp_path)["steps"] == 1
+
+
+def test_the_rank_that_fails_has_the_last_word(tmp_path: Path) -> None:
+    zero, one = Summary(), Summary()
+    zero.started(info(tmp_path))
+    one.started(info(tmp_path, rank=1))
+    zero.stepped(record(1))
+    one.stepped(record(1))
+    one.ended("failed", "rank 1 fell")
+    zero.interrupted("SIGTERM")  # the end of the job reaches rank 0 as a signal
+    found = summary(tmp_path)
+    assert (found["status"], found["detail"], found["ranks"]) == ("failed", "rank 1 fell", 4)
+
+
+def test_other_ranks_write_nothing_of_a_good_run(tmp_path: Path) -> None:
+    run(standard(1), info(tmp_path, rank=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlap() -> None:
+    assert overlap(0.0, 0.0) == 1.0
+    assert overlap(10.0, 10.0) == 0.0
+    assert overlap(10.0, 12.0) == 0.0
+    assert overlap(None, None) is None
+
+
+def test_metrics_have_a_row_a_step(tmp_path: Path) -> None:
+    run(Metrics(), info(tmp_path))
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [row["val_loss"] for row in rows] == ["", "", "3.5"]
+    assert float(rows[1]["loss"]) == pytest.approx(4.8)
+    assert {"lr", "grad_norm", "step_ms", "exposed_comm_ms"} <= set(rows[0])
+    assert rows[0]["skipped"] == "0"
+
+
+def test_metrics_are_in_the_file_before_the_end(tmp_path: Path) -> None:
+    observer = Metrics()
+    observer.started(info(tmp_path))
+    observer.stepped(record(1))
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+    observer.ended("failed", "")
+
+
+def test_log_has_rank_and_host_in_each_line(tmp_path: Path) -> None:
+    log = Log()
+    log.started(info(tmp_path))
+    log.stepped(record(1, skipped=True, loss_scale=math.inf))
+    other = Log()
+    other.started(info(tmp_path, rank=3, host="b"))
+    other.ended("failed", "no more memory")
+    log.ended("failed", "")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["started", "skipped", "ended", "ended"]
+    assert [(line["rank"], line["host"]) for line in lines] == [
+        (0, "a"),
+        (0, "a"),
+        (3, "b"),
+        (0, "a"),
+    ]
+    assert lines[1]["loss_scale"] == "inf"
+    assert lines[2]["detail"] == "no more memory"
+
+
+def test_progress_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    run(Progress(stream), info(tmp_path))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step 0/10  held-out loss 8.0000 bits/byte"
+    assert lines[1] == ("step 1/10  loss 4.9000  20.3k bytes/s  exposed comm 9.9%  left 0:01")
+    assert lines[3].startswith("step 3/10  held-out loss 3.5000")
+
+
+def test_progress_keeps_to_its_pace(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.started(info(tmp_path, every_s=3600.0))
+    for step in range(1, 11):
+        progress.stepped(record(step))
+    progress.ended("done", "")
+    steps = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert steps == ["1/10", "10/10"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.get_terminal_size", lambda fd=0: (100, 30))
+    monkeypatch.setattr("hpcsync.observers.progress.is_terminal", lambda stream: True)
+    stream = Terminal()
+    run(Progress(stream), info(tmp_path, steps=3))
+    text = stream.getvalue()
+    assert "held-out loss 3.5000 bits/byte" in text
+    assert "3/3" in text
+    assert "\x1b[?25h" in text, "the cursor is shown again"
+
+
+def test_the_pseudo_terminal_of_mpirun_is_not_one() -> None:
+    import os
+    import pty
+
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as stream:
+        assert stream.isatty()
+        assert not is_terminal(stream)
+    os.close(master)
+
+
+def test_numbers_for_people() -> None:
+    assert [brief(x) for x in (0, 12.4, 999, 1000, 45230, 451000, 2.5e6)] == [
+        "0",
+        "12",
+        "999",
+        "1k",
+        "45.2k",
+        "451k",
+        "2.5M",
+    ]
+    assert [clock(x) for x in (0, 61, 3723.4)] == ["0:00", "1:01", "1:02:03"]
+
+
+class Broken(Observer):
+    def ended(self, status: str, detail: str) -> None:
+        raise OSError("disk full")
+
+
+def test_every_observer_hears_of_the_end_once(tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    class Last(Observer):
+        def ended(self, status: str, detail: str) -> None:
+            ended.append(status)
+
+    observers = Observers([Broken(), Last()])
+    with pytest.raises(OSError, match="disk full"):
+        observers.ended("done", "")
+    observers.ended("failed", "again")
+    assert ended == ["done"]

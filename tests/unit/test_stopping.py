@@ -1,0 +1,72 @@
+"""Signals: remembered, told at once, and the end of patience."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from hpcsync.stopping import StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_remembered_and_told(number: signal.Signals) -> None:
+    told: list[str] = []
+    heard = threading.Event()
+
+    def on_signal(name: str) -> None:
+        told.append(name)
+        heard.set()
+
+    before = signal.getsignal(number)
+    with StopSignals(on_signal, lambda status: None) as stop:
+        assert stop.received == 0
+        os.kill(os.getpid(), number)
+        assert heard.wait(10)
+        assert stop.received == number
+    assert told == [number.name]
+    assert signal.getsignal(number) is before
+
+
+def test_it_gives_up_on_a_step_that_does_not_end() -> None:
+    gave_up: list[int] = []
+    done = threading.Event()
+
+    def give_up(status: int) -> None:
+        gave_up.append(status)
+        done.set()
+
+    with StopSignals(lambda name: None, give_up, grace_s=0.05):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert done.wait(10)
+    assert gave_up == [143]
+
+
+def test_a_stop_in_time_is_not_given_up_on() -> None:
+    gave_up: list[int] = []
+    with StopSignals(lambda name: None, gave_up.append, grace_s=60) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.received:
+            time.sleep(0.01)
+    assert gave_up == []
+
+
+def test_a_failing_note_does_not_keep_the_job_alive() -> None:
+    done = threading.Event()
+
+    def on_signal(name: str) -> None:
+        raise OSError("disk full")
+
+    with StopSignals(on_signal, lambda status: done.set(), grace_s=0.01):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert done.wait(10)
+
+
+def test_nothing_is_left_of_a_quiet_run() -> None:
+    threads = threading.active_count()
+    with StopSignals(lambda name: None, lambda status: None):
+        pass
+    assert threading.active_count() == threads
