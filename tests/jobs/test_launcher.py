@@ -1,0 +1,88 @@
+"""The launcher sees what it must: failures of any rank, ranks that hang, things left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests import launcher
+
+pytestmark = pytest.mark.usefixtures("mpi")
+
+SUITE = """
+import pytest
+from mpi4py import MPI
+
+world = MPI.COMM_WORLD
+
+@pytest.mark.mpi
+def test_it(comm):
+    {body}
+"""
+
+
+def run_suite(tmp_path: Path, body: str) -> launcher.Outcome:
+    """Run one test with the MPI suite's conftest on 2 ranks."""
+    (tmp_path / "test_it.py").write_text(SUITE.format(body=body))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return launcher.run(
+        2,
+        *("-m", "pytest", str(tmp_path), "--rootdir", str(tmp_path), "--with-mpi"),
+        *("-p", "tests.mpi.conftest", "-p", "no:cacheprovider", "--color=no"),
+        "--timeout=15",
+        timeout=60,
+    )
+
+
+def test_failure_of_another_rank_is_shown_by_rank_0(tmp_path: Path) -> None:
+    outcome = run_suite(tmp_path, "assert world.rank == 0, 'rank one is wrong'")
+    outcome.assert_clean()
+    assert outcome.status != 0
+    assert "on rank [1]" in outcome.stdout, outcome.describe()
+    assert "rank one is wrong" in outcome.stdout
+    assert "1 failed" in outcome.stdout
+
+
+def test_failure_while_others_wait_in_a_collective(tmp_path: Path) -> None:
+    outcome = run_suite(tmp_path, "assert world.rank == 0, 'not I'; comm.Barrier()")
+    outcome.assert_clean()
+    assert outcome.status != 0
+    assert "rank 1 failed in" in outcome.stderr, outcome.describe()
+    assert "not I" in outcome.stderr
+
+
+def test_a_rank_that_hangs_shows_its_stack(tmp_path: Path) -> None:
+    outcome = run_suite(tmp_path, "world.rank == 1 and comm.recv(source=1)")
+    outcome.assert_clean()
+    assert outcome.status != 0
+    assert "Timeout" in outcome.text, outcome.describe()
+    assert re.search(r'test_it.py", line \d+ in test_it', outcome.stderr), outcome.describe()
+
+
+def test_processes_left_behind_are_seen_and_ended() -> None:
+    code = """
+import subprocess
+null = subprocess.DEVNULL
+subprocess.Popen(["sleep", "300"], stdout=null, stderr=null, start_new_session=True)
+"""
+    job = launcher.Job([sys.executable, "-c", code])
+    outcome = job.wait(60, grace=0.5)
+    assert "sleep" in outcome.processes_left[0]
+    assert not job.processes()
+
+
+def test_segments_left_behind_are_seen() -> None:
+    name = f"{launcher.SHM_PREFIX}test-{uuid.uuid4().hex}"
+    try:
+        job = launcher.Job([sys.executable, "-c", f"open('/dev/shm/{name}', 'w').close()"])
+        outcome = job.wait(60, grace=0.5)
+        assert name in outcome.segments_left
+        with pytest.raises(AssertionError, match="left in /dev/shm"):
+            outcome.assert_clean()
+    finally:
+        os.unlink(f"/dev/shm/{name}")

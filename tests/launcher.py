@@ -1,0 +1,212 @@
+"""Start jobs under mpirun from tests, and see that they leave nothing behind.
+
+Every job is started with a mark of its own in its environment. Whatever process still carries the
+mark when the job is over was left behind; so was any new file of ours in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.bootstrap import is_open_mpi, mpirun_command, mpirun_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+SHM = Path("/dev/shm")
+SHM_PREFIX = "hpcsync-"
+MARK = "HPCSYNC_TEST_JOB"
+# How long what is on its way out may take before it counts as left behind.
+GRACE_S = 10.0
+
+
+def find_mpirun() -> str | None:
+    """The mpirun beside this Python, else the first on PATH, else None."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def missing() -> str | None:
+    """What a test that starts MPI jobs lacks here, in words; None if nothing."""
+    if find_mpirun() is None:
+        return "mpirun is missing: pip install 'hpcsync[mpi]', or load the site's MPI"
+    return None
+
+
+def mpirun(ranks: int, *flags: str) -> list[str]:
+    """The start of a command line that runs ``ranks`` ranks on this machine."""
+    found = find_mpirun()
+    assert found is not None, missing()
+    # One node: shared memory only, so that no firewall or odd interface has a say.
+    node = ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"] if is_open_mpi(found) else []
+    return [*mpirun_command(found, ranks), *node, *flags]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, less any MPI job it belongs to, with the checkout importable."""
+    strangers = ("OMPI_", "PMIX_", "PRTE_", "PMI_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(strangers)}
+    env = mpirun_environment(env)
+    paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
+    env.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1")
+    env.update(extra or {})
+    return env
+
+
+def shared_memory() -> set[str]:
+    """Names of our segments in /dev/shm."""
+    if not SHM.is_dir():
+        return set()
+    return {entry.name for entry in SHM.iterdir() if entry.name.startswith(SHM_PREFIX)}
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Living processes that carry ``mark``: their id and command line."""
+    wanted = f"{MARK}={mark}".encode()
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(entry.name)] = line
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a job ended, and what it left."""
+
+    command: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+    timed_out: bool
+    processes_left: tuple[str, ...]
+    segments_left: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """All that the job printed."""
+        return self.stdout + self.stderr
+
+    def describe(self, tail: int = 12000) -> str:
+        """For the message of a failed test: the command, the status, the end of the output."""
+        how = "did not end in time and was killed" if self.timed_out else f"status {self.status}"
+        return (
+            f"{' '.join(self.command)}\n{how}, {self.seconds:.1f} s\n"
+            f"--- stdout ---\n{self.stdout[-tail:]}\n--- stderr ---\n{self.stderr[-tail:]}"
+        )
+
+    def assert_clean(self) -> None:
+        """The job ended by itself, and left neither a process nor a segment behind."""
+        assert not self.timed_out, self.describe()
+        assert not self.processes_left, f"left running: {self.processes_left}\n{self.describe()}"
+        assert not self.segments_left, f"left in {SHM}: {self.segments_left}\n{self.describe()}"
+
+
+class Job:
+    """A job that runs: signal it, then wait for its end."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | str = ROOT,
+    ) -> None:
+        self.command = tuple(command)
+        self.mark = uuid.uuid4().hex
+        self._segments = shared_memory()
+        self._began = time.monotonic()
+        # Its own session: signals meant for the job must not reach pytest.
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment({**(env or {}), MARK: self.mark}),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to mpirun, as a terminal or a batch system does."""
+        self.process.send_signal(number)
+
+    def processes(self) -> dict[int, str]:
+        """The job's processes that live now, by id, with their command lines."""
+        return processes(self.mark)
+
+    def wait(self, timeout: float, grace: float = GRACE_S) -> Outcome:
+        """Wait for the end; past ``timeout`` seconds kill every process of the job.
+
+        What still lives ``grace`` seconds after the end counts as left behind.
+        """
+        timed_out = False
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            self.kill()
+            stdout, stderr = self.process.communicate()
+        seconds = time.monotonic() - self._began
+        left, segments = self._leftovers(grace)
+        self.kill()
+        return Outcome(
+            command=self.command,
+            status=self.process.returncode,
+            stdout=stdout,
+            stderr=stderr,
+            seconds=seconds,
+            timed_out=timed_out,
+            processes_left=left,
+            segments_left=segments,
+        )
+
+    def _leftovers(self, grace: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        deadline = time.monotonic() + grace
+        while True:
+            left = processes(self.mark)
+            segments = shared_memory() - self._segments
+            if not (left or segments) or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        lines = tuple(f"{pid}: {line}" for pid, line in sorted(left.items()))
+        return lines, tuple(sorted(segments))
+
+    def kill(self) -> None:
+        """End every process of the job, and wait until they are gone."""
+        deadline = time.monotonic() + GRACE_S
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def run(
+    ranks: int,
+    *arguments: str,
+    timeout: float = 120.0,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | str = ROOT,
+) -> Outcome:
+    """Run ``python ARGUMENTS`` on ``ranks`` ranks and wait for its end.
+
+    A rank count of 0 runs it alone, without mpirun.
+    """
+    start = mpirun(ranks) if ranks else []
+    return Job([*start, sys.executable, *arguments], env=env, cwd=cwd).wait(timeout)
