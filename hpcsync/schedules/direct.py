@@ -1,4 +1,4 @@
-"""Direct exchange: rank j owns chunk j; all send it their part of the chunk, it adds and returns it.
+"""Direct exchange: rank j owns chunk j, gets every part of it, adds, and returns the sum.
 
 One step each way. Every sum is taken in rank order at one place, whatever the bucket, so the
 result does not depend on how a buffer is cut. Costs 2(p-1)a + 2(p-1)/p nb + (p-1)/p ng.
@@ -10,6 +10,8 @@ uneven node folds onto its rails.
 """
 
 from __future__ import annotations
+
+from itertools import repeat
 
 from hpcsync.schedules.base import Action, Kind, Schedule, Step, Transfer, check_group, trivial
 
@@ -29,12 +31,12 @@ def build(kind: Kind, rank: int, size: int, owners: int | None = None) -> Schedu
         return trivial(NAME, kind)
     mine = rank < owners
     owned = (rank, rank + 1) if mine else (0, 0)
-    # Every rank starts with the peer after it: no owner is everyone's first target.
-    order = [*range(rank + 1, size), *range(rank)]
-    parts = {peer: Transfer(peer, peer, peer + 1) for peer in order if peer < owners}
-    own = {peer: Transfer(peer, rank, rank + 1) for peer in order} if mine else {}
-    reduce = Step(_posted(parts), _ascending(own), Action.REDUCE)
-    gather = Step(_posted(own), _ascending(parts), Action.COPY)
+    others = [*range(rank), *range(rank + 1, size)]
+    targets = others[: owners - mine]
+    parts = tuple(map(Transfer, targets, targets, [target + 1 for target in targets]))
+    own = tuple(map(Transfer, others, repeat(rank), repeat(rank + 1))) if mine else ()
+    reduce = Step(_after(parts, rank % owners), own, Action.REDUCE)
+    gather = Step(_after(own, rank), parts, Action.COPY)
     if kind is Kind.REDUCE_SCATTER:
         steps: tuple[Step, ...] = (reduce,)
     elif kind is Kind.ALLGATHER:
@@ -44,9 +46,6 @@ def build(kind: Kind, rank: int, size: int, owners: int | None = None) -> Schedu
     return Schedule(NAME, kind, rank, size, owners, steps, owned)
 
 
-def _posted(transfers: dict[int, Transfer]) -> tuple[Transfer, ...]:
-    return tuple(transfers.values())
-
-
-def _ascending(transfers: dict[int, Transfer]) -> tuple[Transfer, ...]:
-    return tuple(transfers[peer] for peer in sorted(transfers))
+def _after(transfers: tuple[Transfer, ...], first: int) -> tuple[Transfer, ...]:
+    """From the peer after this rank on and around: no owner is everyone's first target."""
+    return transfers[first:] + transfers[:first]

@@ -7,11 +7,11 @@ section 4.5.
 
 Allgather: Bruck's. A rank that has d chunks gets the next d from the rank d after it; ceil(log2 p)
 steps for any rank count, none folded: ceil(L)a + (p-1)/p nb. Bruck, Ho, Kipnis, Upfal and
-Weathersby, IEEE TPDS 8(11), 1997, section 4; Thakur et al., section 4.1. Here chunks keep their
+Weathersby, IEEE TPDS 8(11), 1997; Thakur et al., section 4.1. Here chunks keep their
 places, so a run that wraps around goes as two transfers.
 
 Reduce-scatter: that allgather backwards, with sums; the same cost and (p-1)/p ng. Traff, Optimal,
-Non-pipelined Reduce-scatter and Allreduce Algorithms, arXiv:2410.14234, section 2.
+Non-pipelined Reduce-scatter and Allreduce Algorithms, arXiv:2410.14234, 2024.
 """
 
 from __future__ import annotations

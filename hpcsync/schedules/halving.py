@@ -8,7 +8,7 @@ Other rank counts are folded onto the power of two below (`Fold`): a folded rank
 to its neighbour first, owns nothing, and gets the result last. With L = log2 of the power q:
 2La + 2(q-1)/q nb + (q-1)/q ng, and 2a + 2nb + ng more where ranks are folded.
 
-Rabenseifner, Optimization of Collective Reduction Operations, ICCS 2004, section 2; Thakur,
+Rabenseifner, Optimization of Collective Reduction Operations, ICCS 2004 (LNCS 3036); Thakur,
 Rabenseifner and Gropp, IJHPCA 19(1), 2005, section 4.5.
 """
 
@@ -43,7 +43,7 @@ def build(kind: Kind, rank: int, size: int) -> Schedule:
     gather: list[Step] = []
     owned = (0, 0)
     if core is None:
-        everything = (Transfer(rank - 1, 0, chunks),)
+        everything: tuple[Transfer, ...] = (Transfer(rank - 1, 0, chunks),)
         reduce.append(Step(everything, (), Action.REDUCE))
         gather.append(Step((), everything, Action.COPY))
     else:
