@@ -7,13 +7,14 @@ mark when the job is over was left behind; so was any new file of ours in /dev/s
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +63,20 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def shared_memory() -> set[str]:
-    """Names of our segments in /dev/shm."""
+    """Names of hpcsync's segments in /dev/shm."""
     if not SHM.is_dir():
         return set()
     return {entry.name for entry in SHM.iterdir() if entry.name.startswith(SHM_PREFIX)}
+
+
+def _strangers(names: set[str], ours: Collection[int]) -> set[str]:
+    """Those segments that a living process outside the job has made: hpcsync-PID-..."""
+    found = set()
+    for name in names:
+        maker = re.match(rf"{SHM_PREFIX}(\d+)-", name)
+        if maker and int(maker[1]) not in ours and Path("/proc", maker[1]).exists():
+            found.add(name)
+    return found
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -181,6 +192,7 @@ class Job:
         while True:
             left = processes(self.mark)
             segments = shared_memory() - self._segments
+            segments -= _strangers(segments, left)
             if not (left or segments) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
