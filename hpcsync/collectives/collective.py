@@ -1,0 +1,119 @@
+"""A collective in flight: start it, go on computing, wait for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..transports.base import Program, Wait
+from .progress import Job, Progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One level of a segment: a schedule bound to a transport.
+
+    Attributes:
+        level: ``node``, ``rail`` or ``world``.
+        internode_bytes: bytes that this rank sends to other nodes in one run.
+    """
+
+    level: str
+    program: Program
+    internode_bytes: int
+
+
+class Segment(Job):
+    """A slice of the buffer on its way through the levels."""
+
+    def __init__(
+        self, collective: Collective, index: int, nbytes: int, stages: list[Stage]
+    ) -> None:
+        self.priority = 0
+        self.nbytes = nbytes
+        self.stages = stages
+        self._collective = collective
+        self._index = index
+        self._level = "not started"
+
+    def run(self) -> Iterator[Wait]:
+        for stage in self.stages:
+            self._level = stage.level
+            yield from stage.program.run()
+
+    def finished(self) -> None:
+        self._collective.segment_finished()
+
+    def describe(self) -> str:
+        return f"{self._collective.label} segment {self._index} at level {self._level}"
+
+
+class Collective:
+    """An allreduce of one region, bound once and run any number of times.
+
+    Attributes:
+        label: what it carries, for reports.
+        nbytes: size of the region in bytes.
+        algorithm: the algorithm that was chosen.
+        started_s, finished_s: ``time.perf_counter`` of the last run.
+    """
+
+    def __init__(self, progress: Progress, label: str, nbytes: int, algorithm: str) -> None:
+        self.label = label
+        self.nbytes = nbytes
+        self.algorithm = algorithm
+        self.started_s = 0.0
+        self.finished_s = 0.0
+        self._progress = progress
+        self._segments: list[Segment] = []
+        self._open = 0
+
+    def add_segment(self, nbytes: int, stages: Sequence[Stage]) -> None:
+        self._segments.append(Segment(self, len(self._segments), nbytes, list(stages)))
+
+    @property
+    def internode_bytes(self) -> int:
+        """Bytes that this rank sends to other nodes in one run."""
+        return sum(stage.internode_bytes for each in self._segments for stage in each.stages)
+
+    def start(self, priority: int = 0) -> None:
+        """Begin a run; lower priorities go first. The region must not be touched until it ends.
+
+        Every rank must start the same collectives, in any order.
+        """
+        assert self._open == 0, f"{self.label} is already running"
+        self._open = len(self._segments)
+        self.started_s = time.perf_counter()
+        for segment in self._segments:
+            segment.priority = priority
+        self._progress.submit(list(self._segments))
+
+    @property
+    def done(self) -> bool:
+        """True when no run is under way."""
+        return self._open == 0
+
+    def wait(self) -> None:
+        """Sleep until the run has ended.
+
+        Raises:
+            CollectiveTimeout: no collective of this rank moved for ``comm.timeout_s`` seconds.
+        """
+        if self._open:
+            self._progress.wait_until(lambda: self._open == 0)
+
+    def segment_finished(self) -> None:
+        """Called by the progress thread at the end of each segment."""
+        if self._open == 1:
+            self.finished_s = time.perf_counter()
+        self._open -= 1
+        if self._open == 0:
+            self._progress.notify()
+
+    def close(self) -> None:
+        """Free requests and communicators; the collective cannot run again."""
+        for segment in self._segments:
+            for stage in segment.stages:
+                stage.program.close()
+        self._segments = []

@@ -1,0 +1,258 @@
+"""All collectives of one rank: its transports by level, its progress thread, its buffers.
+
+node   ranks of one node        shared_memory (or mpi_host)
+rail   one rank of each node    mpi_host
+world  all ranks                mpi_host, for the flat algorithms
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .. import schedules
+from ..config import CommConfig
+from ..device import DType, get
+from ..errors import UserError
+from ..launch import Runtime
+from ..schedules.base import Kind, Schedule
+from ..transports.base import Buffer, Region, Transport, private_buffer, sent_bytes
+from ..transports.mpi_host import MpiHost
+from ..transports.shared_memory import SharedMemory, SharedMemoryError
+from .collective import Collective, Stage
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+_MIB = 1 << 20
+_SPARE_SLOTS = 64
+_STAGES = 3  # programs a segment at most
+
+
+class Collectives:
+    """Makes buffers and binds allreduces to them.
+
+    Creating one, making a buffer and binding an allreduce are collective: every rank makes the
+    same calls in the same order.
+
+    Args:
+        runtime: the job.
+        config: the ``comm`` section of the deck.
+    """
+
+    def __init__(self, runtime: Runtime, config: CommConfig) -> None:
+        self.runtime = runtime
+        self.config = config
+        self.topology = runtime.topology
+        self.device = get("cpu")
+        self.progress = Progress(int(config.credit_mb * _MIB), config.timeout_s)
+        self._tags = 0
+        self._comms: list[Intracomm] = []
+        self.world = self._mpi(range(runtime.size))
+        self.node = self._mpi(self.topology.node(runtime.rank))
+        self.rail: MpiHost | None = self._mpi(self.topology.rail(runtime.rank))
+        self.shared: SharedMemory | None = None
+        if config.node_transport != "mpi_host":
+            self.shared = SharedMemory(self.node.comm, self.node.ranks, self.device)
+        runtime.on_close(self.close)
+
+    def close(self) -> None:
+        """Stop the progress thread and free the communicators."""
+        self.progress.close()
+        while self._comms:
+            self._comms.pop().Free()
+
+    def describe_transports(self) -> dict[str, str]:
+        """The transport of each level that the job has, by level."""
+        levels: dict[str, str] = {}
+        if self.node.size > 1:
+            levels["node"] = "shared_memory" if self.shared else "mpi_host"
+        if self.topology.node_count > 1:
+            levels["rail"] = "mpi_host"
+        return levels
+
+    def buffer(self, nbytes: int) -> Buffer:
+        """Zeroed memory of ``nbytes`` bytes, shared by the ranks of each node where it can be.
+
+        Raises:
+            UserError: ``comm.node_transport = "shared_memory"`` and there is no room.
+        """
+        if self.shared is None or self.topology.rails == self.runtime.size:
+            return private_buffer(nbytes)
+        slots = _STAGES * self._segment_count(nbytes) + _SPARE_SLOTS
+        buffer: Buffer | None = None
+        problem = ""
+        try:
+            buffer = self.shared.allocate(nbytes, slots)
+        except SharedMemoryError as error:
+            problem = str(error)
+        problems = [each for each in self.runtime.allgather_object(problem) if each]
+        if not problems and buffer is not None:
+            return buffer
+        if self.config.node_transport == "shared_memory":
+            raise UserError(
+                f"comm.node_transport: shared_memory has no room ({problems[0]}); enlarge "
+                "/dev/shm (containers: --shm-size) or set comm.node_transport=auto"
+            )
+        if self.runtime.rank == 0:
+            print(
+                f"hpcsync: warning: {problems[0]}; ranks of a node use mpi_host instead, which "
+                "is slower; enlarge /dev/shm (containers: --shm-size)",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.shared = None
+        return private_buffer(nbytes)
+
+    def allreduce(
+        self,
+        buffer: Buffer,
+        dtype: DType,
+        *,
+        count: int | None = None,
+        offset: int = 0,
+        average: bool = False,
+        algorithm: str = "",
+        label: str = "allreduce",
+    ) -> Collective:
+        """Bind an allreduce to ``count`` elements from byte ``offset`` of ``buffer`` on.
+
+        Args:
+            average: divide the sum by the number of ranks.
+            algorithm: as ``comm.algorithm``, which is taken when empty.
+            label: name in reports.
+        """
+        if count is None:
+            count = (buffer.nbytes - offset) // dtype.itemsize
+        name = self.resolve(algorithm or self.config.algorithm, dtype)
+        collective = Collective(self.progress, label, count * dtype.itemsize, name)
+        divisor = self.runtime.size if average else 1
+        whole = Region(buffer, offset, count, dtype)
+        pieces = 1 if name == "native" else self._segment_count(whole.nbytes)
+        bounds = schedules.chunk_bounds(count, pieces, max(1, 64 // dtype.itemsize))
+        for start, stop in itertools.pairwise(bounds):
+            region = whole.part(start, stop)
+            collective.add_segment(region.nbytes, self._stages(name, region, divisor))
+        return collective
+
+    def resolve(self, algorithm: str, dtype: DType) -> str:
+        """The algorithm that ``auto`` stands for; what cannot serve falls back to it.
+
+        ``reproducible`` asks for sums in global rank order, which one owner an element makes.
+        """
+        one_node = self.topology.node_count == 1
+        if self.config.reproducible:
+            return "direct"
+        if algorithm == "native" and dtype.storage != dtype.accumulate:
+            algorithm = "auto"  # MPI would add low precision in low precision, if at all
+        if algorithm in ("auto", "hierarchical"):
+            return "direct" if one_node else "hierarchical"
+        return algorithm
+
+    def _segment_count(self, nbytes: int) -> int:
+        return max(1, math.ceil(nbytes / (self.config.segment_mb * _MIB)))
+
+    def _stages(self, name: str, region: Region, divisor: int) -> list[Stage]:
+        if self.runtime.size == 1:
+            return []
+        if name == "hierarchical":
+            return self._hierarchy(region, divisor)
+        one_node = self.topology.node_count == 1
+        flat: Transport = self.world
+        if one_node and region.buffer.shared and name != "native" and self.shared:
+            flat = self.shared
+        every = [schedules.build(name, Kind.ALLREDUCE, r, flat.size) for r in range(flat.size)]
+        return [self._stage("node" if one_node else "world", flat, every, region, divisor)]
+
+    def _hierarchy(self, region: Region, divisor: int) -> list[Stage]:
+        """Reduce-scatter in the node, allreduce along the rail, allgather in the node."""
+        topology, rails = self.topology, self.topology.rails
+        node: Transport = self.shared if self.shared and region.buffer.shared else self.node
+        stages: list[Stage] = []
+        shards = schedules.chunk_bounds(region.count, rails, max(1, 64 // region.dtype.itemsize))
+        if node.size > 1:
+            every = [
+                schedules.build("direct", Kind.REDUCE_SCATTER, r, node.size, rails)
+                for r in range(node.size)
+            ]
+            stages.append(self._stage("node", node, every, region, 1))
+        if self.rail is not None:
+            local = topology.local_rank(self.runtime.rank)
+            shard = region.part(shards[local], shards[local + 1])
+            name = self._rail_algorithm(shard)
+            every = [
+                schedules.build(name, Kind.ALLREDUCE, r, self.rail.size)
+                for r in range(self.rail.size)
+            ]
+            stages.append(self._stage("rail", self.rail, every, shard, divisor))
+        if node.size > 1:
+            every = [
+                schedules.build("direct", Kind.ALLGATHER, r, node.size, rails)
+                for r in range(node.size)
+            ]
+            stages.append(self._stage("node", node, every, region, 1, released=True))
+        return stages
+
+    def _rail_algorithm(self, shard: Region) -> str:
+        name = self.config.rail_algorithm
+        if name == "native" and shard.dtype.storage != shard.dtype.accumulate:
+            name = "auto"
+        if name == "auto":
+            assert self.rail is not None
+            return "direct" if self.rail.size <= 8 else "halving"
+        return name
+
+    def _stage(
+        self,
+        level: str,
+        transport: Transport,
+        every: Sequence[Schedule],
+        region: Region,
+        divisor: int,
+        released: bool = False,
+    ) -> Stage:
+        self._tags += 1
+        program = transport.bind(every, region, self._tags, divisor, released)
+        return Stage(level, program, self._internode(transport, every[transport.rank], region))
+
+    def _internode(self, transport: Transport, schedule: Schedule, region: Region) -> int:
+        """Bytes of the schedule that this rank sends to other nodes."""
+        topology = self.topology
+        here = topology.node_of(self.runtime.rank)
+        if all(topology.node_of(rank) == here for rank in transport.ranks):
+            return 0
+        if schedule.name == "native":  # MPI does not tell; what a ring would send
+            return 2 * region.nbytes * (transport.size - 1) // transport.size
+        far = tuple(
+            type(step)(
+                tuple(
+                    move
+                    for move in step.sends
+                    if topology.node_of(transport.ranks[move.peer]) != here
+                ),
+                (),
+                step.action,
+            )
+            for step in schedule.steps
+        )
+        return sent_bytes(
+            Schedule(
+                schedule.name,
+                schedule.kind,
+                schedule.rank,
+                schedule.size,
+                schedule.chunks,
+                far,
+                schedule.owned,
+            ),
+            region,
+        )
+
+    def _mpi(self, ranks: Sequence[int]) -> MpiHost:
+        comm = self.runtime.group(tuple(ranks))
+        self._comms.append(comm)
+        return MpiHost(comm, tuple(ranks), self.device)

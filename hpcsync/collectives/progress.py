@@ -1,0 +1,210 @@
+"""One thread that moves all of a rank's collectives on, and sleeps when none can move.
+
+A collective is a coroutine that yields a Wait where another rank has to act first. The thread
+asks the Waits in order of priority and resumes what is ready, so the memory work of one bucket
+fills the network time of another.
+
+Admission. Collectives start in order of priority while their bytes fit the credit window: what
+is started late can still be overtaken by something more urgent. Ranks need not agree on the
+order. A window that several ranks fill with different collectives could lock them up, so a rank
+that sees nothing move for a moment admits the next one although the window is full: in the end
+everything is admitted, and everything admitted completes.
+
+Sleeping. Blocking MPI calls spin, and a spinning thread takes the core that computes. When
+nothing is ready the thread sleeps for a fraction of the time that nothing has moved, up to
+``MOST_SLEEP_S``: short waits are met at once, and a long one costs a few per cent of a core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import heapq
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from ..errors import CollectiveTimeout
+from ..transports.base import Wait
+
+LEAST_SLEEP_S = 20e-6
+MOST_SLEEP_S = 400e-6
+_SLEEP_SHARE = 0.1  # of the time that nothing has moved
+_STARVED_S = 2e-3  # without movement: the window opens by one collective
+_PR_SET_TIMERSLACK = 29
+
+
+class Job(Protocol):
+    """What the thread drives: one segment of a collective."""
+
+    priority: int
+    nbytes: int
+
+    def run(self) -> Iterator[Wait]: ...
+
+    def finished(self) -> None: ...
+
+    def describe(self) -> str: ...
+
+
+class _Active:
+    """A job under way and what it waits for."""
+
+    __slots__ = ("job", "order", "steps", "wait")
+
+    def __init__(self, job: Job, order: tuple[int, int]) -> None:
+        self.job = job
+        self.order = order
+        self.steps = job.run()
+        self.wait: Wait | None = None
+
+    def advance(self) -> tuple[bool, bool]:
+        """Go on as far as possible: (something moved, the job is over)."""
+        moved = False
+        while self.wait is None or self.wait.ready():
+            moved = True
+            self.wait = next(self.steps, None)
+            if self.wait is None:
+                return True, True
+        return moved, False
+
+
+class Progress:
+    """The progress thread of one rank.
+
+    Args:
+        credit_bytes: bytes in flight up to which further jobs are admitted.
+        timeout_s: seconds without any movement after which waiting fails; 0 for never.
+    """
+
+    def __init__(self, credit_bytes: int, timeout_s: float) -> None:
+        self._credit = credit_bytes
+        self._timeout = timeout_s
+        self._incoming: deque[Job] = deque()
+        self._pending: list[tuple[int, int, Job]] = []
+        self._active: list[_Active] = []
+        self._order = itertools.count()
+        self._wake = threading.Condition()
+        self._asleep = False
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._done = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self.cpu_s = 0.0
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Hand jobs over; they start in order of (priority, submission)."""
+        with self._wake:
+            self._incoming.extend(jobs)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._main, name="hpcsync-progress", daemon=True
+                )
+                self._thread.start()
+            elif self._asleep:
+                self._wake.notify()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Sleep until ``condition``, which a job's end makes true.
+
+        Raises:
+            CollectiveTimeout: nothing moved for the time limit.
+            Exception: whatever a job raised.
+        """
+        with self._done:
+            while not condition():
+                if self._error is not None:
+                    raise self._error
+                self._done.wait()
+
+    def notify(self) -> None:
+        """Tell waiters that a job ended."""
+        with self._done:
+            self._done.notify_all()
+
+    def close(self) -> None:
+        """Stop the thread; jobs under way are dropped."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+
+    def _main(self) -> None:
+        # A sleep of 20 us would take 70 with the default timer slack.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+        try:
+            self._loop()
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+            self.notify()
+
+    def _loop(self) -> None:
+        moved_at = time.perf_counter()
+        while not self._stopping:
+            if not self._active and not self._pending and not self._incoming:
+                self._rest()
+                moved_at = time.perf_counter()
+                continue
+            idle = time.perf_counter() - moved_at
+            if self._admit(starved=idle > _STARVED_S) | self._sweep():
+                moved_at = time.perf_counter()
+                continue
+            if self._timeout and idle > self._timeout:
+                raise CollectiveTimeout(self._report(idle))
+            time.sleep(min(max(idle * _SLEEP_SHARE, LEAST_SLEEP_S), MOST_SLEEP_S))
+
+    def _rest(self) -> None:
+        """Nothing to do: sleep until something is submitted."""
+        self.cpu_s = time.thread_time()
+        with self._wake:
+            while not self._incoming and not self._stopping:
+                self._asleep = True
+                self._wake.wait()
+            self._asleep = False
+
+    def _admit(self, *, starved: bool) -> bool:
+        while self._incoming:
+            job = self._incoming.popleft()
+            heapq.heappush(self._pending, (job.priority, next(self._order), job))
+        in_flight = sum(each.job.nbytes for each in self._active)
+        admitted = False
+        while self._pending and (
+            in_flight < self._credit or not self._active or (starved and not admitted)
+        ):
+            priority, order, job = heapq.heappop(self._pending)
+            in_flight += job.nbytes
+            self._active.append(_Active(job, (priority, order)))
+            admitted = True
+        if admitted:
+            self._active.sort(key=lambda each: each.order)
+        return admitted
+
+    def _sweep(self) -> bool:
+        """Ask every active job once; True if any moved."""
+        any_moved = False
+        over = False
+        for each in self._active:
+            moved, ended = each.advance()
+            any_moved |= moved
+            if ended:
+                over = True
+                each.job.finished()
+        if over:
+            self._active = [each for each in self._active if each.wait is not None]
+        return any_moved
+
+    def _report(self, idle: float) -> str:
+        stuck = [
+            f"{each.job.describe()}: {each.wait.describe() if each.wait else 'running'}"
+            for each in self._active
+        ]
+        shown = "; ".join(stuck[:4]) + (f"; and {len(stuck) - 4} more" if len(stuck) > 4 else "")
+        return (
+            f"no collective moved for {idle:.0f} s (comm.timeout_s = {self._timeout:g}); "
+            f"stuck: {shown}; {len(self._pending)} not started"
+        )

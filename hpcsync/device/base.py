@@ -1,0 +1,89 @@
+"""The contract of a device, and the element types that it can add."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type: how it is stored and in what it is added.
+
+    Attributes:
+        name: as torch and NumPy call it, e.g. ``bfloat16``.
+        storage: the NumPy type of its bytes (``uint16`` for bfloat16, which NumPy lacks).
+        accumulate: the NumPy type in which sums are made; low precision is added in float32.
+    """
+
+    name: str
+    storage: np.dtype[Any]
+    accumulate: np.dtype[Any]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element."""
+        return int(self.storage.itemsize)
+
+    @property
+    def floating(self) -> bool:
+        return self.accumulate.kind == "f"
+
+
+def _plain(name: str) -> DType:
+    return DType(name, np.dtype(name), np.dtype(name))
+
+
+_DTYPES = {
+    "bfloat16": DType("bfloat16", np.dtype("uint16"), np.dtype("float32")),
+    "float16": DType("float16", np.dtype("float16"), np.dtype("float32")),
+    **{
+        name: _plain(name)
+        for name in ("float32", "float64", "int8", "uint8", "int16", "int32", "int64")
+    },
+}
+
+
+def dtype_of(kind: object) -> DType:
+    """The DType of a name, a NumPy dtype or a torch dtype.
+
+    Raises:
+        ValueError: elements of that type cannot be added here.
+    """
+    name = kind if isinstance(kind, str) else str(kind).removeprefix("torch.")
+    if name not in _DTYPES:
+        try:
+            name = np.dtype(kind).name  # type: ignore[call-overload]
+        except TypeError:
+            name = str(kind)
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name} cannot be reduced; use one of: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+class Device(ABC):
+    """Arithmetic on flat arrays of one device's memory."""
+
+    name: str
+
+    @abstractmethod
+    def reduce(
+        self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
+    ) -> None:
+        """Write ``(sources[0] + sources[1] + ...) / divisor`` to every array of ``outs``.
+
+        The additions are made from left to right in ``dtype.accumulate`` and rounded once.
+        Arrays are 1-D, of equal length and of ``dtype.storage``; an output may be one of the
+        sources.
+        """
+
+    @abstractmethod
+    def copy(self, out: Array, source: Array) -> None:
+        """Copy ``source`` to ``out``; both 1-D, of equal length and type."""

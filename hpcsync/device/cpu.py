@@ -1,0 +1,92 @@
+"""Host memory, added by NumPy in blocks that stay in the processor's cache.
+
+A block is read from every source, added, and written to every output while it is still in
+cache: summing p buffers into p buffers costs one read and one write of each, where two passes
+(reduce, then gather) would read everything twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from .base import Array, Device, DType
+
+# 128 KiB of float32: with a block a source and the accumulator it stays within a core's L2.
+_BLOCK = 32768
+
+
+class CpuDevice(Device):
+    """NumPy on host memory; its inner loops release the interpreter lock."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def reduce(
+        self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
+    ) -> None:
+        block = self._reduce_widened if dtype.storage != dtype.accumulate else self._reduce_plain
+        count = sources[0].shape[0]
+        with np.errstate(all="ignore"):  # NaN and Inf are passed on, and judged later
+            for start in range(0, count, _BLOCK):
+                part = slice(start, min(start + _BLOCK, count))
+                first = outs[0][part]
+                block(first, [source[part] for source in sources], dtype, divisor)
+                for out in outs[1:]:
+                    out[part] = first
+
+    def copy(self, out: Array, source: Array) -> None:
+        out[:] = source
+
+    def _scratch(self, dtype: DType) -> Array:
+        """A block of accumulators of the calling thread's own."""
+        held: dict[str, Array] = self._local.__dict__
+        name = dtype.accumulate.name
+        if name not in held:
+            held[name] = np.empty(_BLOCK, dtype.accumulate)
+        return held[name]
+
+    def _reduce_plain(self, out: Array, sources: list[Array], dtype: DType, divisor: int) -> None:
+        # `out` may be any of the sources, so it is written by the last operation only.
+        value = sources[0]
+        scratch = self._scratch(dtype)[: out.shape[0]]
+        for index, source in enumerate(sources[1:], start=1):
+            last = index == len(sources) - 1 and divisor == 1
+            value = np.add(value, source, out=out if last else scratch)
+        if divisor != 1:
+            np.divide(value, divisor, out=out)
+        elif value is not out:
+            out[:] = value
+
+    def _reduce_widened(self, out: Array, sources: list[Array], dtype: DType, divisor: int) -> None:
+        total = self._scratch(dtype)[: out.shape[0]]
+        total[:] = widen(sources[0], dtype)
+        for source in sources[1:]:
+            np.add(total, widen(source, dtype), out=total)
+        if divisor != 1:
+            np.divide(total, divisor, out=total)
+        out[:] = narrow(total, dtype)
+
+
+def widen(values: Array, dtype: DType) -> Array:
+    """Low-precision storage as float32, exactly."""
+    if dtype.name == "bfloat16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32)
+
+
+def narrow(values: Array, dtype: DType) -> Array:
+    """float32 rounded to nearest even in low-precision storage; NaN stays NaN."""
+    if dtype.name != "bfloat16":
+        return values.astype(dtype.storage)
+    bits = values.view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(
+        16
+    )
+    # Rounding up could carry a NaN's payload into its sign or make it Inf: keep it quiet NaN.
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x0040)
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)

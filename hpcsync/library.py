@@ -1,0 +1,252 @@
+"""The library face: what a user's own script calls under mpirun.
+
+    hpcsync.init()
+    model = hpcsync.DataParallel(model)
+    for inputs, targets in my_share(hpcsync.rank(), hpcsync.size()):
+        optimizer.zero_grad()
+        loss_of(model(inputs), targets).backward()   # gradients are averages over ranks now
+        optimizer.step()
+
+Every function but the ones that ask for a number is collective: all ranks call it, in the same
+order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import enum
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import config as configuration
+from . import launch
+from .collectives import Collectives
+from .collectives.eager import Eager
+from .errors import LaunchError
+from .parallel import data_parallel
+
+
+class Op(enum.Enum):
+    """What an allreduce does with the ranks' values."""
+
+    AVERAGE = "average"
+    SUM = "sum"
+    MIN = "min"
+    MAX = "max"
+
+
+Average, Sum, Min, Max = Op.AVERAGE, Op.SUM, Op.MIN, Op.MAX
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    runtime: launch.Runtime
+    config: configuration.Config
+    collectives: Collectives
+    eager: Eager
+
+
+_session: _Session | None = None  # one process is one rank of one job
+
+
+def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
+    """Start: find the other ranks. A second call does nothing.
+
+    From here on an exception that nobody catches, on any rank, ends the whole job.
+
+    Args:
+        deck: a TOML deck; its sections ``topology`` and ``comm`` count here.
+        overrides: ``key=value`` as on the command line, e.g. ``["comm.bucket_mb=10"]``.
+
+    Raises:
+        ConfigError: the deck or an override is wrong.
+        LaunchError: MPI is missing or the ranks did not find each other.
+    """
+    global _session
+    if _session is not None:
+        return
+    config = configuration.load(Path(deck) if deck is not None else None, overrides)
+    runtime = launch.start(config.topology, config.comm.timeout_s)
+    collectives = Collectives(runtime, config.comm)
+    _session = _Session(runtime, config, collectives, Eager(collectives))
+    sys.excepthook = _end_job
+    # The progress thread must have stopped before mpi4py finalizes MPI at exit.
+    atexit.register(collectives.progress.close)
+
+
+def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    launch.fail(error)
+
+
+def is_initialized() -> bool:
+    """Whether ``init`` has been called."""
+    return _session is not None
+
+
+def shutdown() -> None:
+    """Stop communication; collective, and optional at the end of a script."""
+    global _session
+    if _session is not None:
+        session, _session = _session, None
+        session.runtime.close()
+        sys.excepthook = sys.__excepthook__
+
+
+def _current() -> _Session:
+    if _session is None:
+        raise LaunchError("hpcsync.init() has not been called; call it first, on every rank")
+    return _session
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return _current().runtime.rank
+
+
+def size() -> int:
+    """Number of ranks."""
+    return _current().runtime.size
+
+
+def local_rank() -> int:
+    """This process's number among those of its node, from 0."""
+    return _current().runtime.local_rank
+
+
+def local_size() -> int:
+    """Number of ranks of this node."""
+    return _current().runtime.local_size
+
+
+def cross_rank() -> int:
+    """Number of this node among all, from 0."""
+    runtime = _current().runtime
+    return runtime.topology.node_of(runtime.rank)
+
+
+def cross_size() -> int:
+    """Number of nodes."""
+    return _current().runtime.topology.node_count
+
+
+class DataParallel(data_parallel.DataParallel):
+    """A module whose gradients are averaged over all ranks during the backward pass.
+
+    Args:
+        module: the same on every rank, in host memory; it takes rank 0's values.
+        bucket_cap_mb: size of a bucket in MiB; the deck's if not given.
+        codec: how gradients travel; ``none`` (FP32 as they are) is what there is.
+        broadcast_buffers: set buffers to rank 0's before each forward pass in training.
+
+    Raises:
+        ConfigError: a value that the deck would not take either.
+        ModelError: the ranks' modules differ, or a parameter is not in host memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        bucket_cap_mb: float | None = None,
+        codec: str = "none",
+        broadcast_buffers: bool = True,
+    ) -> None:
+        session = _current()
+        wanted = [f'compress.codec="{codec}"']
+        if bucket_cap_mb is not None:
+            wanted.append(f"comm.bucket_mb={bucket_cap_mb}")
+        checked = configuration.load(None, wanted)
+        comm = session.config.comm
+        if bucket_cap_mb is not None:
+            comm = dataclasses.replace(comm, bucket_mb=checked.comm.bucket_mb)
+        super().__init__(
+            module,
+            runtime=session.runtime,
+            comm=comm,
+            collectives=session.collectives,
+            broadcast_buffers=broadcast_buffers,
+        )
+
+
+def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
+    """A new tensor with the average, sum, minimum or maximum of the ranks' tensors.
+
+    Args:
+        tensor: any shape, the same on every rank; float16, bfloat16 (added in float32), float32,
+            float64 or integers, in host memory.
+
+    Raises:
+        ValueError: a dtype that cannot be reduced, or the average of integers.
+    """
+    return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op)
+
+
+def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
+    """``allreduce`` in place; the tensor must be contiguous."""
+    session = _current()
+    if op in (Op.AVERAGE, Op.SUM):
+        if op is Op.AVERAGE and not tensor.is_floating_point():
+            raise ValueError(f"allreduce: the average of {tensor.dtype} is not whole; use op=Sum")
+        name = str(tensor.dtype).removeprefix("torch.")
+        session.eager.allreduce(_bytes(tensor), name, average=op is Op.AVERAGE)
+        return tensor
+    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    session.runtime.allreduce_array(wide.detach().flatten().numpy(), op.value)
+    return tensor if wide is tensor else tensor.copy_(wide)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError("allreduce: the tensor must be contiguous and in host memory")
+    return tensor.detach().flatten().view(torch.uint8).numpy()
+
+
+def broadcast(tensor: Tensor, root: int = 0) -> Tensor:
+    """The tensor of rank ``root``, put into ``tensor`` (same shape and dtype on every rank)."""
+    data_parallel.broadcast_tensors(_current().runtime, [tensor], root)
+    return tensor
+
+
+def broadcast_parameters(
+    source: nn.Module | Mapping[str, Any] | Iterable[tuple[str, Tensor]], root: int = 0
+) -> None:
+    """Set parameters to those of rank ``root``, in place.
+
+    Args:
+        source: a module (buffers too), its ``state_dict()`` or ``named_parameters()``.
+    """
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    pairs = source.items() if isinstance(source, Mapping) else source
+    tensors = [value for _, value in pairs if isinstance(value, Tensor)]
+    data_parallel.broadcast_tensors(_current().runtime, tensors, root)
+
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root: int = 0) -> None:
+    """Set an optimizer's state to that of rank ``root``, in place."""
+    runtime = _current().runtime
+    state = runtime.bcast(optimizer.state_dict() if runtime.rank == root else None, root)
+    if runtime.rank != root:
+        optimizer.load_state_dict(state)
+
+
+def broadcast_object(value: Any, root: int = 0) -> Any:
+    """The picklable ``value`` of rank ``root``, on every rank."""
+    return _current().runtime.bcast(value, root)
+
+
+def allgather_object(value: Any) -> list[Any]:
+    """The picklable ``value`` of every rank, by rank."""
+    return _current().runtime.allgather_object(value)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    _current().runtime.barrier()

@@ -1,0 +1,106 @@
+"""Data parallelism: every rank has the whole model and a share of the batch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import Collectives
+from ..config import CommConfig
+from ..gradients.reducer import Reducer
+from ..launch import Runtime
+
+
+class DataParallel(nn.Module):
+    """A module whose gradients are averaged over all ranks during the backward pass.
+
+    Parameters and buffers are set to those of rank 0 when it is made. After ``backward()`` every
+    rank has the same gradients, so the training loop and the optimizer stay as they are.
+
+    Args:
+        module: the same on every rank, in host memory.
+        runtime: the job.
+        comm: how to exchange; the defaults of the deck if not given.
+        collectives: to share one with others; made if not given.
+        broadcast_buffers: set buffers (running means, say) to rank 0's before each forward pass
+            in training.
+
+    Raises:
+        ModelError: the ranks' modules differ, or a parameter is not in host memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        runtime: Runtime,
+        comm: CommConfig | None = None,
+        collectives: Collectives | None = None,
+        broadcast_buffers: bool = True,
+    ) -> None:
+        super().__init__()
+        comm = comm or CommConfig()
+        self.module = module
+        self.broadcast_buffers = broadcast_buffers
+        self.collectives = collectives or Collectives(runtime, comm)
+        self.reducer = Reducer(list(module.named_parameters()), self.collectives, comm)
+        with torch.no_grad():
+            broadcast_tensors(runtime, [*module.parameters(), *module.buffers()])
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The module's own forward pass."""
+        if torch.is_grad_enabled():
+            self.reducer.prepare(list(self.module.named_parameters()))
+            if self.training and self.broadcast_buffers and self.reducer.syncing:
+                broadcast_tensors(self.collectives.runtime, list(self.module.buffers()))
+        return self.module(*inputs, **keywords)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backward passes in this context only add up; the next one outside exchanges the sum.
+
+        The forward pass belongs inside the context, too.
+        """
+        return self.reducer.no_sync()
+
+    def norm(self) -> Tensor:
+        """Global 2-norm of the averaged gradients, a scalar; the same on every rank."""
+        return self.reducer.norm()
+
+    def finite(self) -> bool:
+        """Whether no averaged gradient holds NaN or Inf; the same on every rank."""
+        return self.reducer.finite()
+
+
+def broadcast_tensors(runtime: Runtime, tensors: list[Tensor], root: int = 0) -> None:
+    """Set the tensors to those of rank ``root``, in place; same shapes and dtypes on all ranks.
+
+    Small tensors travel together.
+    """
+    if runtime.size == 1:
+        return
+    group: list[Tensor] = []
+    nbytes = 0
+    for tensor in tensors:
+        group.append(tensor)
+        nbytes += tensor.numel() * tensor.element_size()
+        if nbytes >= 1 << 24:
+            _broadcast_packed(runtime, group, root)
+            group, nbytes = [], 0
+    if group:
+        _broadcast_packed(runtime, group, root)
+
+
+def _broadcast_packed(runtime: Runtime, tensors: list[Tensor], root: int) -> None:
+    with torch.no_grad():
+        parts = [each.detach().contiguous().flatten().view(torch.uint8) for each in tensors]
+        packed = torch.cat(parts)
+        runtime.broadcast_array(packed.numpy(), root)
+        if runtime.rank == root:
+            return
+        for tensor, part in zip(
+            tensors, torch.split(packed, [each.numel() for each in parts]), strict=True
+        ):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))

@@ -1,0 +1,169 @@
+"""The contract of a transport: run a schedule's steps on a region of memory.
+
+A transport joins the ranks of one group (a node, a rail, or all ranks). Binding a schedule to
+a region gives a Program, which can be run again and again. A run is a coroutine: it yields a
+Wait wherever another rank has to act first, and whoever drives it resumes it once the Wait is
+ready. Nothing in a run blocks, and nothing in it spins.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..device import Device, DType
+from ..device.base import Array
+from ..schedules.base import Kind, Schedule, chunk_bounds
+
+
+class Wait(ABC):
+    """Something that other ranks will bring about."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """True once it has come; cheap, and it moves the underlying communication on."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is missing, for the report of a stuck collective: ``node: entered by rank 3``."""
+
+
+class Buffer:
+    """A flat piece of this rank's host memory that collectives work on.
+
+    Attributes:
+        own: this rank's bytes, 1-D uint8.
+    """
+
+    def __init__(self, own: Array) -> None:
+        self.own = own
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.own.shape[0])
+
+    @property
+    def shared(self) -> bool:
+        """True when the other ranks of the node see the same memory."""
+        return False
+
+    def peer(self, index: int) -> Array:
+        """The bytes of the node's rank ``index``; only for shared buffers."""
+        raise TypeError("this buffer is private to its rank")
+
+
+def private_buffer(nbytes: int) -> Buffer:
+    """A buffer of ordinary memory, for ranks that do not share any."""
+    return Buffer(np.zeros(nbytes, np.uint8))
+
+
+@dataclass(frozen=True)
+class Region:
+    """``count`` elements of ``dtype`` from byte ``offset`` of a buffer on."""
+
+    buffer: Buffer
+    offset: int
+    count: int
+    dtype: DType
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    @property
+    def array(self) -> Array:
+        """This rank's elements, 1-D of ``dtype.storage``."""
+        return self._view(self.buffer.own)
+
+    def peer(self, index: int) -> Array:
+        """The same elements in the memory of the node's rank ``index``."""
+        return self._view(self.buffer.peer(index))
+
+    def part(self, start: int, stop: int) -> Region:
+        """Elements ``start`` to ``stop`` of this region."""
+        return Region(
+            self.buffer, self.offset + start * self.dtype.itemsize, stop - start, self.dtype
+        )
+
+    def _view(self, memory: Array) -> Array:
+        return memory[self.offset : self.offset + self.nbytes].view(self.dtype.storage)
+
+
+class Program(ABC):
+    """A schedule bound to a region: the sums, divided by ``divisor``, end up in the region."""
+
+    @abstractmethod
+    def run(self) -> Iterator[Wait]:
+        """One execution, as a coroutine; the previous one must have ended."""
+
+    def close(self) -> None:  # noqa: B027  (most hold nothing)
+        """Give back what the binding holds (requests, communicators)."""
+
+
+class Transport(ABC):
+    """A way between the ranks of one group.
+
+    Attributes:
+        name: as ``comm.node_transport`` spells it.
+        ranks: the job-wide ranks of the group, by rank in the group; for messages.
+        rank: this rank's index in the group.
+    """
+
+    name: str
+
+    def __init__(self, ranks: Sequence[int], rank: int, device: Device) -> None:
+        self.ranks = tuple(ranks)
+        self.rank = rank
+        self.device = device
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @abstractmethod
+    def bind(
+        self,
+        schedules: Sequence[Schedule],
+        region: Region,
+        tag: int,
+        divisor: int = 1,
+        released: bool = False,
+    ) -> Program:
+        """Prepare one run of ``schedules[self.rank]`` on ``region``.
+
+        Args:
+            schedules: the schedule of every rank of the group.
+            region: of equal length and type on every rank.
+            tag: a number that no other program of this transport has, the same on all ranks.
+            divisor: by what completed sums are divided (the number of ranks, for a mean).
+            released: an allgather that always follows the reduce-scatter of the same owners on
+                the same region: nobody reads what it overwrites any more.
+        """
+
+
+def chunk_offsets(schedule: Schedule, region: Region) -> list[int]:
+    """Element offset of each chunk of the schedule, aligned to cache lines."""
+    return chunk_bounds(region.count, max(schedule.chunks, 1), max(1, 64 // region.dtype.itemsize))
+
+
+def completed(schedule: Schedule, region: Region) -> Array:
+    """The elements whose sum is complete on this rank after the schedule."""
+    if schedule.kind is Kind.REDUCE_SCATTER:
+        offsets = chunk_offsets(schedule, region)
+        low, high = schedule.owned
+        return region.array[offsets[low] : offsets[high]]
+    return region.array
+
+
+def sent_bytes(schedule: Schedule, region: Region) -> int:
+    """Bytes that this rank sends in one run."""
+    offsets = chunk_offsets(schedule, region)
+    elements = sum(
+        offsets[move.hi] - offsets[move.lo] for step in schedule.steps for move in step.sends
+    )
+    return elements * region.dtype.itemsize

@@ -1,0 +1,226 @@
+"""Point-to-point MPI messages between host buffers.
+
+Every program has a tag of its own, so programs may be in flight together and in any order.
+Requests are persistent: a bucket sends the same bytes to the same peers every step, and starting
+a prepared request costs less than making a new one. Programs with very many messages make them
+afresh instead, since each persistent request keeps memory in the MPI library.
+
+Messages are cut at ``piece_bytes``, since classic MPI counts have 31 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..device import Device
+from ..device.base import Array
+from ..schedules.base import Action, Kind, Schedule, Step
+from .base import Program, Region, Transport, Wait, chunk_offsets, completed
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm, Request
+
+PIECE_BYTES = 1 << 30
+_MOST_PERSISTENT = 256  # requests a program
+
+
+class MpiHost(Transport):
+    """MPI between the ranks of ``comm``; the communicator must be used by nothing else."""
+
+    name = "mpi_host"
+
+    def __init__(
+        self,
+        comm: Intracomm,
+        ranks: Sequence[int],
+        device: Device,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        from mpi4py import MPI
+
+        super().__init__(ranks, comm.Get_rank(), device)
+        self.comm = comm
+        self.mpi = MPI
+        self.piece_bytes = piece_bytes
+        bound = comm.Get_attr(MPI.TAG_UB)
+        self._tags = int(bound) if bound else 32767
+
+    def bind(
+        self,
+        schedules: Sequence[Schedule],
+        region: Region,
+        tag: int,
+        divisor: int = 1,
+        released: bool = False,
+    ) -> Program:
+        schedule = schedules[self.rank]
+        if schedule.name == "native":
+            return _Native(self, schedule, region, divisor)
+        return _Messages(self, schedule, region, tag % self._tags, divisor)
+
+
+class _Arrived(Wait):
+    """Until all of a step's messages are complete."""
+
+    __slots__ = ("_program", "_requests", "_step")
+
+    def __init__(self, requests: list[Request], step: int, program: _Messages | _Native) -> None:
+        self._requests = requests
+        self._step = step
+        self._program = program
+
+    def ready(self) -> bool:
+        return bool(self._program.testall(self._requests))
+
+    def describe(self) -> str:
+        return self._program.describe(self._step, self._requests)
+
+
+class _Messages(Program):
+    """The steps of a schedule as messages."""
+
+    def __init__(
+        self, transport: MpiHost, schedule: Schedule, region: Region, tag: int, divisor: int
+    ) -> None:
+        self._transport = transport
+        self._schedule = schedule
+        self._region = region
+        self._tag = tag
+        self._divisor = divisor
+        self._offsets = chunk_offsets(schedule, region)
+        self._scratch = np.empty(self._scratch_elements(), region.dtype.storage)
+        self.testall = transport.mpi.Request.Testall
+        count = sum(len(step.sends) + len(step.recvs) for step in schedule.steps)
+        self._persistent: list[list[Request]] | None = None
+        if count <= _MOST_PERSISTENT:
+            self._persistent = [self._post(step, persistent=True) for step in schedule.steps]
+
+    def run(self) -> Iterator[Wait]:
+        for index, step in enumerate(self._schedule.steps):
+            if self._persistent is None:
+                requests = self._post(step, persistent=False)
+            else:
+                requests = self._persistent[index]
+                if requests:
+                    self._transport.mpi.Prequest.Startall(requests)
+            if requests:
+                yield _Arrived(requests, index, self)
+            if step.action is Action.REDUCE:
+                self._add(step)
+        if self._divisor != 1 and self._schedule.kind is not Kind.ALLGATHER:
+            done = completed(self._schedule, self._region)
+            self._transport.device.reduce([done], [done], self._region.dtype, self._divisor)
+
+    def close(self) -> None:
+        for requests in self._persistent or []:
+            for request in requests:
+                request.Free()
+        self._persistent = []
+
+    def describe(self, step: int, requests: list[Request]) -> str:
+        """Which peers' messages of ``step`` are missing."""
+        moves = [
+            (verb, move.peer, self._offsets[move.hi] - self._offsets[move.lo])
+            for verb, moves in (
+                ("from", self._schedule.steps[step].recvs),
+                ("to", self._schedule.steps[step].sends),
+            )
+            for move in moves
+        ]
+        size = self._region.dtype.itemsize
+        named = ", ".join(
+            f"{count * size} bytes {verb} rank {self._transport.ranks[peer]}"
+            for verb, peer, count in moves
+        )
+        return (
+            f"mpi_host: {self._schedule.name} waits at step {step} of "
+            f"{len(self._schedule.steps)} for one or more of {named}"
+        )
+
+    def _scratch_elements(self) -> int:
+        return max(
+            (
+                sum(self._offsets[move.hi] - self._offsets[move.lo] for move in step.recvs)
+                for step in self._schedule.steps
+                if step.action is Action.REDUCE
+            ),
+            default=0,
+        )
+
+    def _incoming(self, step: Step) -> list[tuple[int, slice, Array]]:
+        """For each receive: the peer, the elements of the region, and where they arrive."""
+        arrivals: list[tuple[int, slice, Array]] = []
+        start = 0
+        for move in step.recvs:
+            part = slice(self._offsets[move.lo], self._offsets[move.hi])
+            if step.action is Action.COPY:
+                arrivals.append((move.peer, part, self._region.array[part]))
+                continue
+            stop = start + part.stop - part.start
+            arrivals.append((move.peer, part, self._scratch[start:stop]))
+            start = stop
+        return arrivals
+
+    def _post(self, step: Step, *, persistent: bool) -> list[Request]:
+        comm = self._transport.comm
+        receive = comm.Recv_init if persistent else comm.Irecv
+        send = comm.Send_init if persistent else comm.Isend
+        requests: list[Request] = []
+        for peer, _, target in self._incoming(step):
+            requests += [receive(piece, peer, self._tag) for piece in self._pieces(target)]
+        for move in step.sends:
+            source = self._region.array[self._offsets[move.lo] : self._offsets[move.hi]]
+            requests += [send(piece, move.peer, self._tag) for piece in self._pieces(source)]
+        return requests
+
+    def _pieces(self, values: Array) -> list[Any]:
+        """The bytes of an array, cut so that each piece's count fits classic MPI."""
+        memory = values.view(np.uint8)
+        width = self._transport.piece_bytes
+        byte = self._transport.mpi.BYTE
+        return [[memory[start : start + width], byte] for start in range(0, memory.shape[0], width)]
+
+    def _add(self, step: Step) -> None:
+        parts: dict[tuple[int, int], dict[int, Array]] = {}
+        for peer, part, arrived in self._incoming(step):
+            parts.setdefault((part.start, part.stop), {})[peer] = arrived
+        for (start, stop), sources in parts.items():
+            own = self._region.array[start:stop]
+            sources[self._transport.rank] = own
+            self._transport.device.reduce(
+                [own], [sources[who] for who in sorted(sources)], self._region.dtype
+            )
+
+
+class _Native(Program):
+    """MPI's own nonblocking allreduce, on a communicator of its own.
+
+    Collectives on one communicator must start in the same order everywhere; programs may not,
+    hence the duplicate.
+    """
+
+    def __init__(
+        self, transport: MpiHost, schedule: Schedule, region: Region, divisor: int
+    ) -> None:
+        assert schedule.kind is Kind.ALLREDUCE, "native is an allreduce only"
+        self._transport = transport
+        self._region = region
+        self._divisor = divisor
+        self._comm = transport.comm.Dup()
+        self.testall = transport.mpi.Request.Testall
+
+    def run(self) -> Iterator[Wait]:
+        mpi, array = self._transport.mpi, self._region.array
+        request = self._comm.Iallreduce(mpi.IN_PLACE, array, mpi.SUM)
+        yield _Arrived([request], 0, self)
+        if self._divisor != 1:
+            self._transport.device.reduce([array], [array], self._region.dtype, self._divisor)
+
+    def describe(self, step: int, requests: list[Request]) -> str:
+        return f"mpi_host: MPI's own allreduce of {self._region.nbytes} bytes is not complete"
+
+    def close(self) -> None:
+        self._comm.Free()

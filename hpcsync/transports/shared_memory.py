@@ -1,0 +1,382 @@
+"""Ranks of one node read and write each other's memory; nothing is sent.
+
+Every rank puts its buffer into a POSIX shared-memory file (mode 0600) which all ranks of the
+node map and which is unlinked as soon as they have: a killed job leaves nothing behind.
+
+Two counters a rank and program order the accesses. ``entered`` says that the rank has reached
+a step: what it offers there is final, and what it will receive may be written. ``left`` says
+that it has read and written all that the step asks for. Sums are pulled by the rank that owns
+them, results are pushed into the others' memory:
+
+    step     rank 0                        rank 1
+    enter    entered[0] = s                entered[1] = s
+    work     add rank 1's chunk to mine    add rank 0's chunk to mine
+    leave    left[0] = s                   left[1] = s
+    wait for left of those I touched, or that touched me
+
+A counter is one aligned 8-byte word with one writer. Processors that reorder stores get a full
+fence from a lock's release and acquire.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import platform
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..device import Device
+from ..device.base import Array
+from ..errors import HpcsyncError
+from ..schedules.base import Action, Kind, Schedule, Step
+from .base import Buffer, Program, Region, Transport, Wait, chunk_offsets, completed
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+FOLDER = "/dev/shm"
+PREFIX = "hpcsync-"
+_LINE = 8  # words of 8 bytes a counter pair: a cache line, so that ranks do not share one
+_STRIDE = 1 << 20  # steps a run may have; runs are told apart by multiples of it
+_ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
+
+
+class SharedMemoryError(HpcsyncError):
+    """The node's shared memory cannot hold a buffer."""
+
+
+class SharedBuffer(Buffer):
+    """A buffer that every rank of the node has mapped.
+
+    Attributes:
+        words: the counters of each rank, as 64-bit words.
+    """
+
+    def __init__(self, maps: Sequence[mmap.mmap], rank: int, header: int, nbytes: int) -> None:
+        self._peers = [np.frombuffer(each, np.uint8, nbytes, header) for each in maps]
+        self.words = [memoryview(each)[:header].cast("Q") for each in maps]
+        self.slots = header // (8 * _LINE)
+        self.used = 0
+        super().__init__(self._peers[rank])
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    def peer(self, index: int) -> Array:
+        return self._peers[index]
+
+    def take_slot(self) -> int:
+        """The next free pair of counters; the order of calls is the same on all ranks."""
+        assert self.used < self.slots, "more programs than the buffer has counters for"
+        self.used += 1
+        return self.used - 1
+
+
+class SharedMemory(Transport):
+    """Direct access between the ranks of a node.
+
+    Args:
+        comm: the node's communicator; used for setting up only.
+    """
+
+    name = "shared_memory"
+
+    def __init__(self, comm: Intracomm, ranks: Sequence[int], device: Device) -> None:
+        super().__init__(ranks, comm.Get_rank(), device)
+        self._comm = comm
+        self._fence = threading.Lock()
+
+    def allocate(self, nbytes: int, slots: int) -> SharedBuffer:
+        """A zeroed buffer of ``nbytes`` on every rank of the node, with counters for ``slots``
+        programs; collective over the node.
+
+        Raises:
+            SharedMemoryError: on every rank of the node, if one of them found no room.
+        """
+        header = -(-slots * _LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+        total = header + max(nbytes, 1)
+        name = f"{FOLDER}/{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        problem: str | None = None
+        try:
+            self._create(name, total)
+        except OSError as error:
+            problem = f"{FOLDER}: {os.strerror(error.errno or errno.EIO)} for {total >> 20} MiB"
+        try:
+            names: list[tuple[str, str | None]] = self._comm.allgather((name, problem))
+            faults = [fault for _, fault in names if fault]
+            maps = [] if faults else [self._map(path, total) for path, _ in names]
+            self._comm.Barrier()
+        finally:
+            if problem is None:
+                os.unlink(name)
+        if faults:
+            raise SharedMemoryError(faults[0])
+        return SharedBuffer(maps, self.rank, header, nbytes)
+
+    @staticmethod
+    def _create(name: str, total: int) -> None:
+        handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            # Reserve the pages now: a hole in a full file system would be a SIGBUS later.
+            os.posix_fallocate(handle, 0, total)
+        except OSError:
+            os.unlink(name)
+            raise
+        finally:
+            os.close(handle)
+
+    @staticmethod
+    def _map(path: str, total: int) -> mmap.mmap:
+        handle = os.open(path, os.O_RDWR)
+        try:
+            return mmap.mmap(handle, total)
+        finally:
+            os.close(handle)
+
+    def bind(
+        self,
+        schedules: Sequence[Schedule],
+        region: Region,
+        tag: int,
+        divisor: int = 1,
+        released: bool = False,
+    ) -> Program:
+        buffer = region.buffer
+        assert isinstance(buffer, SharedBuffer), "shared_memory needs a shared buffer"
+        counters = _Counters(self, buffer, buffer.take_slot())
+        schedule = schedules[self.rank]
+        if schedule.name == "direct":
+            return _Direct(self, counters, schedule, region, divisor, released)
+        return _Stepwise(self, counters, schedules, region, divisor)
+
+    def fence(self) -> None:
+        """Order this thread's memory accesses before and after the call."""
+        if not _ORDERED:
+            with self._fence:
+                pass
+
+
+class _Counters:
+    """The ``entered`` and ``left`` counters of one program."""
+
+    ENTERED, LEFT = 0, 1
+
+    def __init__(self, transport: SharedMemory, buffer: SharedBuffer, slot: int) -> None:
+        self.transport = transport
+        self.words = buffer.words
+        self.base = slot * _LINE
+        self.run = 0
+
+    def begin(self) -> None:
+        self.run += 1
+
+    def enter(self, step: int) -> None:
+        self._set(self.ENTERED, step)
+
+    def leave(self, step: int) -> None:
+        self._set(self.LEFT, step)
+
+    def _set(self, which: int, step: int) -> None:
+        self.transport.fence()
+        self.words[self.transport.rank][self.base + which] = self.run * _STRIDE + step + 1
+
+    def until(self, which: int, peers: Sequence[tuple[int, int]]) -> _Counted:
+        """Until each (rank, step) of ``peers`` has entered or left its step."""
+        return _Counted(self, which, [(who, self.run * _STRIDE + at + 1) for who, at in peers])
+
+
+class _Counted(Wait):
+    """Waits until counters of other ranks have come up to given values."""
+
+    __slots__ = ("_counters", "_missing", "_which")
+
+    def __init__(self, counters: _Counters, which: int, missing: list[tuple[int, int]]) -> None:
+        self._counters = counters
+        self._which = which
+        self._missing = missing
+
+    def ready(self) -> bool:
+        words, missing = self._counters.words, self._missing
+        index = self._counters.base + self._which
+        while missing:
+            who, value = missing[-1]
+            if words[who][index] < value:
+                return False
+            missing.pop()
+        self._counters.transport.fence()
+        return True
+
+    def describe(self) -> str:
+        counters = self._counters
+        verb = "reach" if self._which == _Counters.ENTERED else "leave"
+        places = ", ".join(
+            f"rank {counters.transport.ranks[who]} to {verb} step {(value - 1) % _STRIDE} of run "
+            f"{value // _STRIDE} (it is at step "
+            f"{(counters.words[who][counters.base + self._which] - 1) % _STRIDE} of run "
+            f"{counters.words[who][counters.base + self._which] // _STRIDE})"
+            for who, value in reversed(self._missing)
+        )
+        return f"shared_memory: waits for {places}"
+
+
+class _Direct(Program):
+    """The direct schedule: each owner pulls and adds its chunk, then pushes the result.
+
+    As allreduce both halves are one pass: a block is pushed while it is still in cache. The
+    waits between the halves fall away, since a chunk is touched by nobody but its owner from
+    the moment everyone has entered until the owner has left. For the same reason an allgather
+    that follows the reduce-scatter need not wait for the others to enter.
+    """
+
+    def __init__(
+        self,
+        transport: SharedMemory,
+        counters: _Counters,
+        schedule: Schedule,
+        region: Region,
+        divisor: int,
+        released: bool,
+    ) -> None:
+        self._released = released
+        self._device = transport.device
+        self._dtype = region.dtype
+        self._counters = counters
+        self._kind = schedule.kind
+        self._divisor = divisor
+        offsets = chunk_offsets(schedule, region)
+        low, high = (
+            (transport.rank, min(transport.rank + 1, schedule.chunks))
+            if schedule.kind is Kind.ALLREDUCE
+            else schedule.owned
+        )
+        part = slice(offsets[min(low, high)], offsets[high])
+        self._views = [region.peer(index)[part] for index in range(transport.size)]
+        self._mine = transport.rank
+        self._others = [index for index in range(transport.size) if index != transport.rank]
+
+    def run(self) -> Iterator[Wait]:
+        counters, mine = self._counters, self._views[self._mine]
+        counters.begin()
+        counters.enter(0)
+        if not self._released:
+            yield counters.until(counters.ENTERED, [(who, 0) for who in self._others])
+        if mine.shape[0]:
+            self._work(mine)
+        counters.leave(0)
+        if self._kind is not Kind.REDUCE_SCATTER:
+            yield counters.until(counters.LEFT, [(who, 0) for who in self._others])
+
+    def _work(self, mine: Array) -> None:
+        if self._kind is Kind.ALLGATHER:
+            for who in self._others:
+                self._device.copy(self._views[who], mine)
+            return
+        # This rank's own copy comes first among the outputs: the others are copied from it.
+        outs = [mine]
+        if self._kind is Kind.ALLREDUCE:
+            outs += [self._views[who] for who in self._others]
+        self._device.reduce(outs, self._views, self._dtype, self._divisor)
+
+
+class _Stepwise(Program):
+    """Any other schedule, step by step, by pulling."""
+
+    def __init__(
+        self,
+        transport: SharedMemory,
+        counters: _Counters,
+        schedules: Sequence[Schedule],
+        region: Region,
+        divisor: int,
+    ) -> None:
+        self._transport = transport
+        self._device: Device = transport.device
+        self._counters = counters
+        self._region = region
+        self._divisor = divisor
+        self._schedule = schedules[transport.rank]
+        self._offsets = chunk_offsets(self._schedule, region)
+        self._met = _meetings(schedules, transport.rank)
+
+    def run(self) -> Iterator[Wait]:
+        counters = self._counters
+        counters.begin()
+        for index, step in enumerate(self._schedule.steps):
+            givers = [(move.peer, self._met[index, move.peer, True]) for move in step.recvs]
+            takers = [(move.peer, self._met[index, move.peer, False]) for move in step.sends]
+            counters.enter(index)
+            yield counters.until(counters.ENTERED, givers)
+            late = self._receive(step)
+            counters.leave(index)
+            yield counters.until(counters.LEFT, takers)
+            for target, value in late:
+                self._device.copy(target, value)
+        if self._divisor != 1 and self._schedule.kind is not Kind.ALLGATHER:
+            done = completed(self._schedule, self._region)
+            self._device.reduce([done], [done], self._region.dtype, self._divisor)
+
+    def _receive(self, step: Step) -> list[tuple[Array, Array]]:
+        """Pull every chunk of the step; what peers still read is returned to be stored later."""
+        late: list[tuple[Array, Array]] = []
+        for part, peers in _by_part(step, self._offsets):
+            own = self._region.array[part]
+            sources = {who: self._region.peer(who)[part] for who in peers}
+            if step.action is Action.COPY:
+                (source,) = sources.values()
+                self._device.copy(own, source)
+                continue
+            offered = any(
+                self._offsets[move.lo] < part.stop and part.start < self._offsets[move.hi]
+                for move in step.sends
+            )
+            target = np.empty_like(own) if offered else own
+            sources[self._transport.rank] = own
+            self._device.reduce(
+                [target], [sources[who] for who in sorted(sources)], self._region.dtype
+            )
+            if offered:
+                late.append((own, target))
+        return late
+
+
+def _by_part(step: Step, offsets: Sequence[int]) -> list[tuple[slice, list[int]]]:
+    """The received element ranges of a step, each with the ranks that it comes from."""
+    parts: dict[tuple[int, int], list[int]] = {}
+    for move in step.recvs:
+        parts.setdefault((offsets[move.lo], offsets[move.hi]), []).append(move.peer)
+    return [(slice(*bounds), peers) for bounds, peers in parts.items() if bounds[0] < bounds[1]]
+
+
+def _meetings(schedules: Sequence[Schedule], rank: int) -> dict[tuple[int, int, bool], int]:
+    """At which of its steps each peer takes its side of this rank's transfers.
+
+    Keys are (own step, peer, whether this rank receives); transfers between two ranks meet in
+    order, first with first.
+    """
+    met: dict[tuple[int, int, bool], int] = {}
+    own = schedules[rank].steps
+    peers = {move.peer for step in own for move in (*step.sends, *step.recvs)}
+    for peer in peers:
+        for receives in (True, False):
+            mine = [
+                index
+                for index, step in enumerate(own)
+                for move in (step.recvs if receives else step.sends)
+                if move.peer == peer
+            ]
+            theirs = [
+                index
+                for index, step in enumerate(schedules[peer].steps)
+                for move in (step.sends if receives else step.recvs)
+                if move.peer == rank
+            ]
+            for here, there in zip(mine, theirs, strict=True):
+                met[here, peer, receives] = there
+    return met
