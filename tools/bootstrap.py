@@ -193,9 +193,7 @@ def mpirun_environment(environment: dict[str, str]) -> dict[str, str]:
     """The same environment, with Open MPI's consent to run as root where we are root."""
     if os.geteuid() != 0:
         return dict(environment)
-    return dict(
-        environment, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"
-    )
+    return dict(environment, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 
 
 # --- the commands -----------------------------------------------------------------------------
@@ -231,7 +229,11 @@ def site_mpirun() -> str:
 def main(argv: list[str]) -> None:
     """Prepare the environment, then become the command."""
     if sys.version_info < OLDEST:
-        fail("hpcsync needs Python {}.{} or newer; this is {}".format(*OLDEST, sys.version.split()[0]))
+        fail(
+            "hpcsync needs Python {}.{} or newer; this is {}".format(
+                *OLDEST, sys.version.split()[0]
+            )
+        )
     options, rest = parse(argv)
     if options.command == "setup" and rest:
         fail(f"setup does not know {' '.join(rest)}")
@@ -253,7 +255,13 @@ def main(argv: list[str]) -> None:
         command = [str(python), "-m", "pytest", *rest]
     else:
         mpirun = system or str(where / "bin" / "mpirun")
-        command = [*mpirun_command(mpirun, options.ranks), str(python), "-m", "hpcsync.train", *rest]
+        command = [
+            *mpirun_command(mpirun, options.ranks),
+            str(python),
+            "-m",
+            "hpcsync.train",
+            *rest,
+        ]
     sys.stderr.flush()
     # Replacing this process lets signals reach the job itself.
     os.execve(command[0], command, environment)
