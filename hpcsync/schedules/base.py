@@ -15,7 +15,8 @@ A step
      so a transport may receive in place;
   4. ends when its sends and receives are complete.
 
-`recvs` are in ascending order of peer.
+`recvs` are in ascending order of peer, and any two of a step name the same chunks or none in
+common, so that chunks are added range by range.
 """
 
 from __future__ import annotations

@@ -136,10 +136,24 @@ def _check_transfers(schedule: Schedule, count: Ints, table: Ints, *, receives: 
             at = int(bad.argmax())
             what = f"transfer with rank {peer[at]} of chunks {lo[at]}:{hi[at]} {problem}"
             raise VerifyError(what, schedule.rank, int(steps[at]))
+    if receives:
+        _check_receives(schedule.rank, steps, table)
+
+
+def _check_receives(rank: int, steps: Ints, table: Ints) -> None:
+    peer, lo, hi = table.T
     falls = (steps[1:] == steps[:-1]) & (peer[1:] < peer[:-1])
-    if receives and falls.any():
+    if falls.any():
         at = int(steps[falls.argmax()])
-        raise VerifyError("receives are not in ascending order of peer", schedule.rank, at)
+        raise VerifyError("receives are not in ascending order of peer", rank, at)
+    order = np.lexsort((hi, lo, steps))
+    steps, lo, hi = steps[order], lo[order], hi[order]
+    differ = (lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])
+    mixed = (steps[1:] == steps[:-1]) & (lo[1:] < hi[:-1]) & differ
+    if mixed.any():
+        at = int(mixed.argmax())
+        problem = f"receives of chunks {lo[at]}:{hi[at]} and {lo[at + 1]}:{hi[at + 1]} overlap"
+        raise VerifyError(problem, rank, int(steps[at]), int(lo[at + 1]))
 
 
 def match(group: Group) -> Messages:

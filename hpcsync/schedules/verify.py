@@ -10,7 +10,8 @@ unless
 - the owned chunks of a reduce-scatter or allgather are each owned by exactly one rank;
 - ranks that end with the same chunk have summed it in the same order, hence have the same bits.
   This one is checked by a 64-bit hash of the order of additions, so up to a chance collision;
-- a copy never lands on a chunk that the same step sends, and receives are in ascending peer order.
+- a copy never lands on a chunk that the same step sends; receives are in ascending peer order, and
+  two of a step name the same chunks or none in common.
 
 Messages are held as NumPy arrays (messages.py), and values are followed in blocks of chunks
 (values.py), so that the two million transfers of a ring of 1,024 ranks take seconds.
