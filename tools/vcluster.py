@@ -30,6 +30,8 @@ From Python:
         cluster.run_plain([sys.executable, "ddp.py"], ranks_per_node=2)
         print(done.stdout, cluster.bytes())
 
+Open MPI 5.0's mpirun hangs now and then when the ranks end within milliseconds (`true`).
+
 The namespaces have no names on the machine: they live as long as their first processes, and
 those end when the owner's end of a pipe closes. So nothing stays behind when the owner is
 killed, and any number of clusters may stand side by side.
@@ -560,8 +562,8 @@ def wait_all(processes: Sequence[subprocess.Popen[Any]], timeout: float | None =
     """
     limit = time.monotonic() + timeout if timeout is not None else float("inf")
     try:
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
+        while None in (states := [process.poll() for process in processes]):
+            if any(states):
                 time.sleep(1.0)  # the others may be about to say why
                 break
             if time.monotonic() > limit:
