@@ -1,0 +1,381 @@
+"""The configuration of a run: one tree of frozen dataclasses, from decks and overrides.
+
+``load`` reads a deck, the decks that it extends and ``section.key=value`` overrides, checks
+all of it against the tree, and raises one ConfigError with every fault. Each key's text stands
+beside its default; ``explain`` and ``dump`` show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import deck as decks
+from . import schema
+from .errors import ConfigError
+from .schema import Key, key
+from .wording import dotted
+
+ALGORITHMS = ("auto", "hierarchical", "direct", "ring", "halving", "doubling", "native")
+RAIL_ALGORITHMS = ("auto", "direct", "ring", "halving", "doubling", "native")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The run: its seed and folder."""
+
+    seed: int = key(0, "Seed of the weights, of the order of the data and of dropout.", minimum=0)
+    name: str = key(
+        "", "Name of the run's folder. Empty: made from the name of the deck and the time."
+    )
+    dir: str = key("runs", "Folder in which the run's folder is made.", required=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The training: steps, batch, optimizer, precision."""
+
+    steps: int = key(200, "Optimizer steps of the whole run.", minimum=1)
+    lr: float = key(1e-3, "Learning rate at the end of the warm-up.", minimum=0)
+    min_lr: float = key(
+        0.1, "Learning rate at the end of the cosine, as a fraction of lr.", minimum=0, maximum=1
+    )
+    warmup: int = key(20, "Steps in which the learning rate grows from 0 to lr.", minimum=0)
+    global_batch: int = key(
+        16,
+        "Samples a step, over all ranks and micro-batches: "
+        "ranks x accumulate x micro-batch. Results do not depend on the number of ranks.",
+        minimum=1,
+    )
+    accumulate: int = key(
+        1,
+        "Micro-batches a rank runs one after the other in a step. More of them take less "
+        "memory and more time; gradients are exchanged once a step.",
+        minimum=1,
+    )
+    clip_norm: float = key(
+        1.0,
+        "Largest norm of all gradients together; larger ones are scaled down. 0: off.",
+        minimum=0,
+    )
+    weight_decay: float = key(
+        0.1, "AdamW's decay of matrices; vectors such as biases are left alone.", minimum=0
+    )
+    beta1: float = key(0.9, "AdamW's decay of the mean of gradients.", minimum=0, below=1)
+    beta2: float = key(0.95, "AdamW's decay of the mean of squared gradients.", minimum=0, below=1)
+    eps: float = key(1e-8, "AdamW's guard against division by zero.", above=0)
+    precision: str = key(
+        "fp32",
+        "Arithmetic of forward and backward: fp32, or bf16 by torch.autocast. Weights, sums of "
+        "gradients and the optimizer stay in FP32.",
+        choices=("fp32", "bf16"),
+    )
+    loss_scale: float | str = key(
+        "none",
+        "Factor on the loss before the backward pass, taken out of the gradients again: "
+        "dynamic grows it, and halves it when gradients overflow.",
+        choices=("none", "dynamic"),
+        above=0,
+    )
+    activation_checkpointing: bool = key(
+        False,
+        "Compute activations again in the backward pass: less memory, about a third more time.",
+    )
+    compile: bool = key(False, "Pass the model through torch.compile.")
+    eval_every: int = key(
+        50, "Steps between evaluations on held-out data. 0: only at the end.", minimum=0
+    )
+    eval_batches: int = key(
+        16, "Global batches of held-out data in an evaluation, at most.", minimum=1
+    )
+    max_skipped: int = key(
+        10, "Steps in a row with gradients of NaN or Inf before the run stops.", minimum=0
+    )
+    threads: int = key(1, "Threads of torch a rank. 0: torch's own choice.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The model."""
+
+    name: str = key(
+        "gpt",
+        'Model: gpt, mlp, convnet, or your own function as "package.module:name".',
+        required=True,
+    )
+    layers: int = key(4, "Blocks, or hidden layers.", minimum=1)
+    width: int = key(
+        192, "Features between blocks, and of layers that have no width of their own.", minimum=1
+    )
+    heads: int = key(6, "Attention heads of gpt; width must divide by it.", minimum=1)
+    context: int = key(128, "Tokens, or bytes, a sample of text has.", minimum=1)
+    hidden: int = key(
+        0,
+        "Features inside a block of gpt (0: 4 x width); width of mlp and convnet (0: width).",
+        minimum=0,
+    )
+    dropout: float = key(0.0, "Share of activations dropped in training.", minimum=0, below=1)
+    options: Mapping[str, Any] = key({}, "Further keyword arguments of the model's function.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The training data."""
+
+    name: str = key(
+        "stdlib",
+        "Data: stdlib (the source text of the running Python's standard library), text (files "
+        "of your own, by bytes), tokens (an HDF5 file), digits (scikit-learn's handwritten "
+        'digits), or your own function as "package.module:name".',
+        required=True,
+    )
+    path: str = key(
+        "", "File, folder or glob pattern of text, or file of tokens; from the current folder."
+    )
+    val_fraction: float = key(0.05, "Share of the data held out for evaluation.", above=0, below=1)
+    options: Mapping[str, Any] = key({}, "Further keyword arguments of the data's function.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopologyConfig:
+    """Which ranks share a node."""
+
+    ranks_per_node: int = key(
+        0,
+        "Ranks that share a node. 0: those with the same host name. Another number cuts each "
+        "host into nodes of this many ranks, to try a hierarchy on one machine.",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommConfig:
+    """The exchange of gradients."""
+
+    bucket_mb: float = key(
+        25.0,
+        "Size of a bucket in MiB. Gradients are exchanged a bucket at a time: small buckets "
+        "start sooner, large ones use the network better.",
+        above=0,
+    )
+    first_bucket_mb: float = key(
+        1.0,
+        "Size in MiB of the bucket that is ready first, so that exchange starts early.",
+        above=0,
+    )
+    overlap: bool = key(
+        True, "Exchange gradients while the backward pass runs. The results are the same bits."
+    )
+    algorithm: str = key(
+        "auto",
+        "Algorithm of the sum over all ranks: hierarchical sums in nodes, then across; the "
+        "others see all ranks alike; native is MPI's own. auto: hierarchical on several nodes.",
+        choices=ALGORITHMS,
+    )
+    rail_algorithm: str = key(
+        "auto",
+        "Algorithm of the sum across nodes in a hierarchical one. auto: the cheapest by size.",
+        choices=RAIL_ALGORITHMS,
+    )
+    node_transport: str = key(
+        "auto",
+        "How ranks of a node exchange: shared_memory, or messages of mpi_host. auto: "
+        "shared_memory where it is large enough.",
+        choices=("auto", "shared_memory", "mpi_host"),
+    )
+    reproducible: bool = key(
+        False,
+        "Add in an order that depends on neither bucket size nor placement of ranks: the same "
+        "bits from both, at some cost in speed.",
+    )
+    priority: bool = key(True, "Front layers first: the next step needs their gradients first.")
+    credit_mb: float = key(
+        16.0, "MiB on the way at once; more waits, so that what is urgent can pass.", above=0
+    )
+    segment_mb: float = key(
+        2.0, "Size in MiB of the pieces of a bucket, exchanged one behind the other.", above=0
+    )
+    timeout_s: float = key(
+        300.0,
+        "Seconds without progress of an exchange after which it is reported as stuck and the "
+        "job ends.",
+        above=0,
+        maximum=1e7,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """Compression of gradients."""
+
+    codec: str = key("none", "How gradients are compressed on the way.", choices=("none",))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What is told on the way."""
+
+    every_s: float = key(
+        5.0, "Seconds between lines of progress in a log file.", minimum=0, maximum=1e7
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything a run is told. Checked by ``load``; made directly, it is taken as it is."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(deck: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a deck (None: the defaults) and overrides such as ``train.lr=1e-3``.
+
+    Args:
+        deck: a path, or the bare name of a deck of hpcsync such as ``laptop``.
+
+    Raises:
+        ConfigError: with all faults, each as ``file:line: key: what is wrong; what to do``.
+    """
+    problems: list[str] = []
+    sources = [] if deck is None else decks.read_chain(os.fspath(deck), problems)
+    sources += decks.read_overrides(overrides, problems)
+    values: dict[str, Any] = {}
+    cited: dict[str, str] = {}
+    # A contradiction is told only where all was read right, or the wrong key might be blamed.
+    doubtful = {"*"} if problems else set()
+    for source in sources:
+        checked, faults = schema.check_table(Config, source.table, source.typed)
+        for path, text in sorted(faults, key=lambda fault: source.line(fault.path)):
+            problems.append(f"{source.where(path)}: {dotted(path)}: {text}")
+            doubtful.add(path[0] if len(path) > 1 else "*")
+        for name, value in checked.items():
+            values[name] = _merge(values.get(name), value)
+            cited[name] = source.where(tuple(name.split(".")))
+    config = _build(values)
+    for names, text in _contradictions(config):
+        if not doubtful & {"*", *(name.partition(".")[0] for name in names)}:
+            named = next((name for name in names if name in cited), names[0])
+            problems.append(f"{cited.get(named, 'defaults')}: {named}: {text}")
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Tables merge key by key; of anything else the new one counts."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{name: _merge(old.get(name), item) for name, item in new.items()}}
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    parts: dict[str, Any] = {}
+    for name, kind in schema.sections(Config):
+        own = [found for found in schema.keys_of(name, kind) if found.name in values]
+        parts[name] = kind(**{found.leaf: values[found.name] for found in own})
+    return Config(**parts)
+
+
+def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(keys, what is wrong) for values that are right one by one but not together."""
+    model, train, comm = config.model, config.train, config.comm
+    if model.name == "gpt" and model.width % model.heads:
+        near = " or ".join(map(str, _multiples(model.width, model.heads)))
+        yield (
+            ("model.width", "model.heads"),
+            f"a width of {model.width} does not divide into {model.heads} heads; "
+            f"use model.width={near}, or other model.heads",
+        )
+    if train.global_batch % train.accumulate:
+        near = " or ".join(map(str, _multiples(train.global_batch, train.accumulate)))
+        yield (
+            ("train.global_batch", "train.accumulate"),
+            f"{train.global_batch} samples a step do not divide into {train.accumulate} "
+            f"micro-batches (train.accumulate) on any number of ranks; "
+            f"use train.global_batch={near}",
+        )
+    for name in ("algorithm", "rail_algorithm"):
+        if comm.reproducible and getattr(comm, name) == "native":
+            yield (
+                (f"comm.{name}", "comm.reproducible"),
+                "native leaves the order of additions to MPI, so comm.reproducible cannot hold; "
+                "use auto, or comm.reproducible=false",
+            )
+
+
+def _multiples(number: int, step: int) -> list[int]:
+    """The multiples of ``step`` just below and above ``number``, those above 0."""
+    below = number // step * step
+    return [multiple for multiple in (below, below + step) if multiple]
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Raise ConfigError, with the arithmetic in words, unless the batch divides over ranks."""
+    train = config.train
+    pieces = ranks * train.accumulate
+    if ranks < 1:
+        raise ConfigError(f"ranks: must be at least 1, not {ranks}")
+    if train.global_batch % pieces == 0:
+        return
+    over = f"{ranks} {'rank' if ranks == 1 else 'ranks'}"
+    if train.accumulate > 1:
+        over += f" x {train.accumulate} micro-batches (train.accumulate)"
+    if train.global_batch < pieces:
+        wrong = f"{train.global_batch} samples a step are too few for {over}, one sample each"
+    else:
+        rest = train.global_batch % pieces
+        wrong = (
+            f"{train.global_batch} samples a step do not divide over {over}: "
+            f"{train.global_batch // pieces} each and {rest} left over"
+        )
+    near = " or ".join(map(str, _multiples(train.global_batch, pieces)))
+    counts = [n for n in range(1, ranks) if train.global_batch % (n * train.accumulate) == 0]
+    fix = f"use train.global_batch={near}"
+    if train.accumulate > 1 and train.global_batch % ranks == 0:
+        fix += ", or train.accumulate=1"
+    if counts:
+        fix += f", or run on {counts[-1]} {'rank' if counts[-1] == 1 else 'ranks'}"
+    raise ConfigError(
+        f"train.global_batch: {wrong}; a step takes ranks x accumulate x micro-batch samples: {fix}"
+    )
+
+
+def micro_batch(config: Config, ranks: int) -> int:
+    """Samples of one forward pass on one rank; ConfigError as ``check_ranks``."""
+    check_ranks(config, ranks)
+    return config.train.global_batch // (ranks * config.train.accumulate)
+
+
+def keys() -> Iterator[Key]:
+    """All keys in order: ``name`` (dotted), ``kind``, ``default``, ``help``, ``accepts()``."""
+    for name, kind in schema.sections(Config):
+        yield from schema.keys_of(name, kind)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Section -> key -> value: plain, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as TOML, with each key's text as comment; ``load`` reads it back."""
+    return schema.dump(config)
+
+
+def explain(name: str = "") -> str:
+    """What a key (``comm.bucket_mb``), a section (``comm``) or, if empty, every key means.
+
+    Raises:
+        ConfigError: there is no such key or section.
+    """
+    return schema.explain(Config, name)
