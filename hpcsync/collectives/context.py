@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _SPARE_SLOTS = 64
+_ONE_NODE_SEGMENTS = 8
 _STAGES = 3  # programs a segment at most
 
 
@@ -81,7 +82,7 @@ class Collectives:
         Raises:
             UserError: ``comm.node_transport = "shared_memory"`` and there is no room.
         """
-        if self.shared is None or self.topology.rails == self.runtime.size:
+        if self.shared is None or self.topology.node_count == self.runtime.size:
             return private_buffer(nbytes)
         slots = _STAGES * self._segment_count(nbytes) + _SPARE_SLOTS
         buffer: Buffer | None = None
@@ -154,7 +155,14 @@ class Collectives:
         return algorithm
 
     def _segment_count(self, nbytes: int) -> int:
-        return max(1, math.ceil(nbytes / (self.config.segment_mb * _MIB)))
+        """Pieces that a buffer is cut into: the memory work of one hides another's network time.
+
+        Without a network there is nothing to hide, and fewer pieces cost less.
+        """
+        size = self.config.segment_mb * _MIB
+        if self.topology.node_count == 1:
+            size *= _ONE_NODE_SEGMENTS
+        return max(1, math.ceil(nbytes / size))
 
     def _stages(self, name: str, region: Region, divisor: int) -> list[Stage]:
         if self.runtime.size == 1:

@@ -30,9 +30,9 @@ from typing import Protocol
 from ..errors import CollectiveTimeout
 from ..transports.base import Wait
 
-LEAST_SLEEP_S = 20e-6
-MOST_SLEEP_S = 400e-6
-_SLEEP_SHARE = 0.1  # of the time that nothing has moved
+LEAST_SLEEP_S = 40e-6
+MOST_SLEEP_S = 500e-6
+_SLEEP_SHARE = 0.25  # of the time that nothing has moved
 _STARVED_S = 2e-3  # without movement: the window opens by one collective
 _PR_SET_TIMERSLACK = 29
 

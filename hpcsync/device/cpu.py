@@ -58,7 +58,7 @@ class CpuDevice(Device):
             last = index == len(sources) - 1 and divisor == 1
             value = np.add(value, source, out=out if last else scratch)
         if divisor != 1:
-            np.divide(value, divisor, out=out)
+            _divide(value, divisor, out)
         elif value is not out:
             out[:] = value
 
@@ -68,8 +68,16 @@ class CpuDevice(Device):
         for source in sources[1:]:
             np.add(total, widen(source, dtype), out=total)
         if divisor != 1:
-            np.divide(total, divisor, out=total)
+            _divide(total, divisor, total)
         out[:] = narrow(total, dtype)
+
+
+def _divide(values: Array, divisor: int, out: Array) -> None:
+    """Divide; by a power of two as a product, which is the same bits and faster."""
+    if divisor & (divisor - 1) == 0:
+        np.multiply(values, values.dtype.type(1.0 / divisor), out=out)
+    else:
+        np.divide(values, divisor, out=out)
 
 
 def widen(values: Array, dtype: DType) -> Array:
