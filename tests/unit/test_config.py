@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -243,11 +245,12 @@ def test_no_ranks_are_no_job(ranks: int) -> None:
 # The decks
 
 
-def ranks_of(deck: str) -> int:
-    """The ranks that a deck in inputs/ says it is meant for."""
-    hint = re.search(r"^# ranks: (\d+)$", (INPUTS / f"{deck}.toml").read_text(), re.MULTILINE)
-    assert hint, f"inputs/{deck}.toml: no line '# ranks: N'"
-    return int(hint[1])
+def hint(deck: str, name: str) -> int:
+    """The ranks or nodes that a deck in inputs/ says it is meant for: ``# ranks: 64``."""
+    text = (INPUTS / f"{deck}.toml").read_text()
+    found = re.search(rf"^# {name}: (\d+)$", text, re.MULTILINE)
+    assert found or name == "nodes", f"inputs/{deck}.toml: no line '# {name}: N'"
+    return int(found[1]) if found else 1
 
 
 def test_the_decks_are_there() -> None:
@@ -259,8 +262,27 @@ def test_a_deck_loads_and_fits_its_ranks(deck: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir("/")
     one = config.load(deck)
     assert one == config.load(INPUTS / f"{deck}.toml")
-    config.check_ranks(one, ranks_of(deck))
+    config.check_ranks(one, hint(deck, "ranks"))
     assert f"hpcsync.train {deck}" in (INPUTS / f"{deck}.toml").read_text()
+
+
+@pytest.mark.parametrize("deck", DECKS)
+def test_a_deck_runs_dry_at_its_ranks(deck: str) -> None:
+    if config.load(deck).data.name == "digits":
+        pytest.importorskip("sklearn", reason="pip install hpcsync[digits]")
+    ranks, nodes = hint(deck, "ranks"), hint(deck, "nodes")
+    command = [sys.executable, "-m", "hpcsync.train", deck, "--dry-run"]
+    done = subprocess.run(
+        [*command, "--ranks", str(ranks), "--nodes", str(nodes)],
+        cwd=INPUTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"\b{ranks} ranks\b", done.stdout), done.stdout
+    assert not done.stderr
 
 
 def test_the_default_deck_is_the_defaults_with_every_text() -> None:
