@@ -120,7 +120,6 @@ class Engine:
         self.step_count = 0
         self.skipped = 0
         self.skipped_in_row = 0
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def step(self, micro_batches: Sequence[Batch]) -> StepResult:
@@ -129,11 +128,6 @@ class Engine:
         Args:
             micro_batches: ``train.accumulate`` pairs of inputs and targets, of equal size on
                 all ranks.
-
-        Raises:
-            NonFiniteError: more than ``train.max_skipped`` steps in a row had gradients of NaN
-                or Inf; on all ranks alike. A loss that is not finite is left to the caller,
-                who knows of the other ranks'.
         """
         self.model.train()
         self.optimizer.zero_grad()
@@ -151,7 +145,7 @@ class Engine:
         self.step_count += 1
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
-        result = StepResult(
+        return StepResult(
             step=self.step_count,
             loss=float(loss),
             grad_norm=norm,
@@ -159,14 +153,23 @@ class Engine:
             loss_scale=scale,
             skipped=not finite,
         )
-        # With a loss that is NaN there is more to tell than that gradients are.
-        if self.skipped_in_row > self.config.max_skipped and math.isfinite(result.loss):
+
+    def check_skipped(self) -> None:
+        """End a run that learns nothing any more.
+
+        Apart from ``step``, since a loss of NaN on one rank, which makes gradients NaN on all,
+        is worth telling first.
+
+        Raises:
+            NonFiniteError: more than ``train.max_skipped`` steps in a row had gradients of NaN
+                or Inf; on all ranks alike.
+        """
+        if self.skipped_in_row > self.config.max_skipped:
             raise NonFiniteError(
                 f"step {self.step_count}: gradients were NaN or Inf in {self.skipped_in_row} "
-                "steps in a row (train.max_skipped allows "
-                f"{self.config.max_skipped}); lower train.lr or set train.clip_norm"
+                f"steps in a row (train.max_skipped allows {self.config.max_skipped}); lower "
+                "train.lr or set train.clip_norm"
             )
-        return result
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Held-out loss of this rank's share, without communication.
@@ -224,7 +227,7 @@ class Engine:
         """Take the loss scale out and clip, in one pass over the gradients or none."""
         clip = self.config.clip_norm
         factor = (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0) / scale
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
 

@@ -16,9 +16,27 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from .errors import HpcsyncError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds from the signal to the end of the process, if the step does not end before.
 GRACE_S = 5.0
+
+
+class StoppedError(HpcsyncError):
+    """The ranks agreed to stop for a signal.
+
+    Attributes:
+        status: exit status of the job, as a shell would tell it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+        self.status = 128 + number
+
+    def __reduce__(self) -> tuple[type[StoppedError], tuple[int]]:
+        return type(self), (self.number,)
 
 
 class StopSignals:

@@ -1,0 +1,138 @@
+"""What a run is made of: data, model, buckets, engine, built alike on every rank.
+
+Each stage that may fail on one rank alone is followed by an agreement, so that a user's error
+ends all ranks with one line and nobody waits for a rank that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import banner, data, launch, models
+from .config import Config
+from .data import Sampler, Source
+from .engine import Engine, compile_model, make_optimizer, memory_errors
+from .errors import DataError, UserError
+from .launch import Runtime
+from .parallel import DataParallel
+from .stopping import StoppedError, StopSignals
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the loop works with."""
+
+    source: Source
+    sampler: Sampler
+    parallel: DataParallel
+    engine: Engine
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.model
+
+
+def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[[], T]) -> T:
+    """Do what may fail on some ranks only, and go on if it failed on none; collective.
+
+    Raises:
+        AgreedError: on all ranks, if ``work`` raised a UserError on any or ran out of memory.
+        StoppedError: a rank received a signal meanwhile.
+    """
+    problem: UserError | None = None
+    result: Any = None
+    try:
+        with memory_errors(stage):
+            result = work()
+    except UserError as error:
+        problem = error
+    runtime.agree(problem)
+    (number,) = runtime.allreduce_scalar([signals.received], "max")
+    if number:
+        raise StoppedError(int(number))
+    return result  # type: ignore[no-any-return]
+
+
+def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
+    """Build all parts; collective.
+
+    Raises:
+        AgreedError: data or model cannot be had on some rank, or differ between ranks.
+        StoppedError: a signal came meanwhile.
+    """
+    train = config.train
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    source = together(runtime, signals, "data", lambda: data.build(config))
+    _check_same(runtime, source)
+    model = together(runtime, signals, "model", lambda: _build_model(config, source))
+    parallel = together(
+        runtime, signals, "buckets", lambda: DataParallel(model, runtime=runtime, comm=config.comm)
+    )
+    optimizer = together(runtime, signals, "optimizer", lambda: make_optimizer(model, train))
+    if train.compile:
+        compile_model(model)
+    return Parts(
+        source=source,
+        sampler=Sampler(source.train_size, train.global_batch, config.run.seed),
+        parallel=parallel,
+        engine=Engine(model, optimizer, parallel, train),
+    )
+
+
+def _build_model(config: Config, source: Source) -> nn.Module:
+    torch.manual_seed(config.run.seed)
+    model = models.build(config.model, source)
+    if config.train.activation_checkpointing:
+        models.checkpoint_activations(model)
+    return model
+
+
+def _check_same(runtime: Runtime, source: Source) -> None:
+    """The same indices must mean the same samples everywhere."""
+    found = runtime.allgather_object((data.fingerprint(source), runtime.host))
+    others = [rank for rank, (mark, _) in enumerate(found) if mark != found[0][0]]
+    problem: UserError | None = None
+    if others and runtime.rank == others[0]:
+        problem = DataError(
+            f"data: the samples on {runtime.host} are not those of rank 0 on {found[0][1]}; use "
+            "the same files on all nodes, and the same Python for data.name=stdlib"
+        )
+    runtime.agree(problem)
+
+
+def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, str]]:
+    """The rows of the banner."""
+    threads = banner.count(torch.get_num_threads(), "thread")
+    machine = banner.Machine(
+        mpi=launch.mpi_library(),
+        threads=launch.thread_level(),
+        devices=f"{parts.engine.device.type}, {threads} a rank, torch {torch.__version__}",
+        transports=parts.parallel.collectives.describe_transports(),
+        buckets=parts.parallel.reducer.buckets_description(),
+        algorithm=parts.parallel.reducer.algorithm,
+    )
+    source = parts.source
+    return [
+        *banner.machine_rows(runtime.topology, machine, config),
+        model_row(config, parts.model),
+        ("data", data.describe(source)),
+        banner.batch_row(config, runtime.size, source.tokens_per_sample, source.unit),
+        banner.training_row(config),
+    ]
+
+
+def model_row(config: Config, model: nn.Module) -> tuple[str, str]:
+    """Name and size of the model."""
+    counts = models.parameter_counts(model)
+    words = f"{config.model.name}, {banner.parameters(counts.total)} parameters"
+    if counts.trainable != counts.total:
+        words += f", {banner.parameters(counts.trainable)} of them trained"
+    return "model", f"{words}, {banner.size(counts.nbytes)}"

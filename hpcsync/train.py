@@ -1,0 +1,299 @@
+"""``python -m hpcsync.train``: the training loop and its wiring.
+
+    arguments -> rank 0 reads the deck -> parts -> run folder -> observers
+              -> [ data, step, agreement, held-out loss, observers ]* -> summary
+
+Nothing heavy is imported before the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from . import config as configs
+from .arguments import Arguments, parse
+from .config import Config, TopologyConfig
+from .errors import NonFiniteError, UserError
+from .stopping import StoppedError, StopSignals
+
+if TYPE_CHECKING:
+    from .assembly import Parts
+    from .engine import Batch, StepResult
+    from .launch import Runtime
+    from .observers import Observers, RunInfo, StepRecord
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command: ends the process, and with it the job."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    from . import launch
+
+    launch.guard(lambda: command(words))
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run the command and return its exit status."""
+    try:
+        arguments = parse(argv)
+    except UserError:
+        return run(argv)  # which has rank 0 alone tell it, once the ranks know who that is
+    if arguments.explain is not None:
+        print(configs.explain(arguments.explain))
+        return 0
+    if arguments.dry_run:
+        from . import dryrun
+
+        config = configs.load(arguments.deck, arguments.overrides)
+        print(dryrun.report(config, max(1, arguments.ranks), arguments.nodes))
+        return 0
+    return run(argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train on all ranks of this job; returns the exit status."""
+    from . import launch, observers
+
+    with launch.start(TopologyConfig()) as job:
+        arguments, config = _read(job, argv)
+    with launch.start(config.topology, config.comm.timeout_s) as runtime:
+        watchers = observers.standard(runtime.rank)
+
+        def give_up(status: int) -> None:
+            _say(runtime, "the step did not end in time after the signal; ending without it")
+            launch.abort(status)
+
+        with StopSignals(watchers.interrupted, give_up) as signals:
+            return train(runtime, config, arguments, watchers, signals)
+
+
+def _read(runtime: Runtime, argv: Sequence[str]) -> tuple[Arguments, Config]:
+    """Rank 0 reads command line and deck, and tells the others."""
+    from .launch import AgreedError
+
+    outcome: tuple[Arguments, Config] | str = ""
+    if runtime.rank == 0:
+        try:
+            arguments = parse(argv)
+            config = configs.load(arguments.deck, arguments.overrides)
+            configs.check_ranks(config, runtime.size)
+            outcome = (arguments, config)
+        except UserError as error:
+            outcome = str(error)
+    outcome = runtime.bcast(outcome)
+    if isinstance(outcome, str):
+        raise AgreedError(outcome)
+    return outcome
+
+
+def train(
+    runtime: Runtime,
+    config: Config,
+    arguments: Arguments,
+    observers: Observers,
+    signals: StopSignals,
+) -> int:
+    """Build everything, train, and tell the observers how it ended."""
+    from . import assembly, banner, run_folder
+
+    try:
+        parts = assembly.assemble(runtime, config, signals)
+        made = assembly.together(
+            runtime,
+            signals,
+            "run folder",
+            lambda: run_folder.make(config, arguments) if runtime.rank == 0 else None,
+        )
+        info = _info(runtime, config, parts, runtime.bcast(made))
+        observers.started(info)
+        if runtime.rank == 0:
+            rows = [*assembly.describe(runtime, config, parts), ("run", str(info.folder))]
+            print(banner.render(rows), flush=True)
+        Loop(
+            runtime=runtime,
+            config=config,
+            parts=parts,
+            info=info,
+            observers=observers,
+            signals=signals,
+        ).run()
+    except StoppedError as stop:
+        observers.ended("interrupted", str(stop))
+        _say(runtime, str(stop))
+        return stop.status
+    except NonFiniteError as error:  # on all ranks alike, so one line tells it
+        observers.ended("failed", str(error))
+        _say(runtime, f"error: {error}")
+        return 1
+    except BaseException as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        observers.ended("failed", reason.splitlines()[0])
+        raise
+    observers.ended("done", "")
+    return 0
+
+
+def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path) -> RunInfo:
+    from .observers import RunInfo
+
+    source = parts.source
+    return RunInfo(
+        folder=folder,
+        rank=runtime.rank,
+        ranks=runtime.size,
+        nodes=runtime.topology.node_count,
+        host=runtime.host,
+        steps=config.train.steps,
+        tokens_per_step=config.train.global_batch * source.tokens_per_sample,
+        unit=source.unit,
+        val_unit="bits/byte" if source.unit == "byte" else "nats",
+        codec=config.compress.codec,
+        algorithm=parts.parallel.reducer.algorithm,
+        every_s=config.log.every_s,
+    )
+
+
+def _say(runtime: Runtime, text: str) -> None:
+    if runtime.rank == 0:
+        print(f"hpcsync: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """Steps, agreements and evaluations, until the last step or a signal."""
+
+    runtime: Runtime
+    config: Config
+    parts: Parts
+    info: RunInfo
+    observers: Observers
+    signals: StopSignals
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            StoppedError: a rank received a signal.
+            NonFiniteError: a loss was NaN or Inf, or too many gradients in a row were.
+        """
+        train, engine = self.config.train, self.parts.engine
+        if train.eval_every and engine.step_count == 0:
+            self.observers.evaluated(0, self.held_out())
+        while engine.step_count < train.steps:
+            record, number = self.step()
+            due = train.eval_every and record.step % train.eval_every == 0
+            if not number and (due or record.step == train.steps):
+                self.observers.evaluated(record.step, self.held_out())
+            self.observers.stepped(record)
+            engine.check_skipped()
+            if number:
+                raise StoppedError(number)
+
+    def step(self) -> tuple[StepRecord, int]:
+        """One step on all ranks; also the signal that any of them received, or 0."""
+        import torch
+
+        from .engine import memory_errors
+
+        begin = time.perf_counter()
+        runtime, parts, step = self.runtime, self.parts, self.parts.engine.step_count
+        # Dropout draws from the step and the rank, so nothing of it need be saved to resume.
+        torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 65_537 + runtime.rank)
+        count = self.config.train.accumulate
+        with memory_errors(f"step {step + 1}"):
+            batches: list[Batch] = [
+                parts.source.train_batch(
+                    parts.sampler.shard(step, runtime.rank, runtime.size, micro, count)
+                )
+                for micro in range(count)
+            ]
+            result = parts.engine.step(batches)
+        return self.agree(result, begin)
+
+    def agree(self, result: StepResult, begin: float) -> tuple[StepRecord, int]:
+        """Means over the ranks, and whether to go on: one small allreduce after the optimizer.
+
+        The gradients have just brought all ranks to the same point, so it costs its latency
+        only, which is counted as exposed communication.
+
+        Raises:
+            NonFiniteError: the loss of any rank is NaN or Inf; on all ranks.
+        """
+        from .observers import StepRecord
+
+        size, comm = self.runtime.size, self.parts.parallel.reducer.stats
+        received = self.signals.received
+        values = [
+            *(result.loss, not math.isfinite(result.loss)),
+            *(comm.comm_ms, comm.exposed_comm_ms, comm.internode_bytes),
+            *(received == number for number in (signal.SIGINT, signal.SIGTERM)),
+        ]
+        before = time.perf_counter()
+        if size > 1:
+            values = self.runtime.allreduce_scalar(values)
+        now = time.perf_counter()
+        loss, bad, comm_ms, exposed_ms, internode, interrupted, terminated = values
+        if bad:
+            self._refuse(result)
+        step_ms = (now - begin) * 1e3
+        waited_ms = (now - before) * 1e3 if size > 1 else 0.0
+        exposed_ms = exposed_ms / size + waited_ms
+        record = StepRecord(
+            step=result.step,
+            loss=loss / size,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            step_ms=step_ms,
+            compute_ms=step_ms - exposed_ms,
+            comm_ms=comm_ms / size + waited_ms,
+            exposed_comm_ms=exposed_ms,
+            tokens_per_s=self.info.tokens_per_step / step_ms * 1e3,
+            internode_bytes=internode,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
+        )
+        number = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
+        return record, int(number)
+
+    def held_out(self) -> float:
+        """Held-out loss in ``RunInfo.val_unit``, the same on every rank; collective.
+
+        The samples do not depend on the number of ranks.
+        """
+        from . import data
+        from .engine import memory_errors
+        from .parallel.data_parallel import broadcast_tensors
+
+        runtime, train, source = self.runtime, self.config.train, self.parts.source
+        # Running means differ between ranks until the next step begins.
+        broadcast_tensors(runtime, list(self.parts.model.buffers()))
+        wanted = data.spread(source.val_size, train.eval_batches * train.global_batch)
+        mine = wanted[runtime.rank :: runtime.size]
+        micro = configs.micro_batch(self.config, runtime.size)
+        with memory_errors("held-out loss"):
+            sums = self.parts.engine.evaluate(
+                source.val_batch(mine[at : at + micro]) for at in range(0, len(mine), micro)
+            )
+        total, count = runtime.allreduce_scalar(sums)
+        return total / count / (math.log(2) if source.unit == "byte" else 1.0)
+
+    def _refuse(self, result: StepResult) -> NoReturn:
+        from .banner import ranges
+
+        losses = self.runtime.allgather_object(result.loss)
+        ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranges(ranks)}"
+        raise NonFiniteError(
+            f"step {result.step}: the loss is {losses[ranks[0]]} on {where}; lower train.lr, set "
+            "train.clip_norm, or look for bad samples"
+        )
+
+
+if __name__ == "__main__":
+    main()
