@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..launch import Runtime
 from ..schedules.base import Kind, Schedule
 from ..transports.base import Buffer, Region, Transport, private_buffer, sent_bytes
-from ..transports.mpi_host import MpiHost
+from ..transports.mpi_host import Completions, MpiHost
 from ..transports.shared_memory import SharedMemory, SharedMemoryError
 from .collective import Collective, Stage
 from .progress import Progress
@@ -53,6 +53,7 @@ class Collectives:
         self.progress = Progress(int(config.credit_mb * _MIB), config.timeout_s)
         self._tags = 0
         self._comms: list[Intracomm] = []
+        self._completions = Completions()
         self.world = self._mpi(range(runtime.size))
         self.node = self._mpi(self.topology.node(runtime.rank))
         self.rail: MpiHost | None = self._mpi(self.topology.rail(runtime.rank))
@@ -263,4 +264,4 @@ class Collectives:
     def _mpi(self, ranks: Sequence[int]) -> MpiHost:
         comm = self.runtime.group(tuple(ranks))
         self._comms.append(comm)
-        return MpiHost(comm, tuple(ranks), self.device)
+        return MpiHost(comm, tuple(ranks), self.device, completions=self._completions)

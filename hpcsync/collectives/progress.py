@@ -171,6 +171,8 @@ class Progress:
         while self._incoming:
             job = self._incoming.popleft()
             heapq.heappush(self._pending, (job.priority, next(self._order), job))
+        if not self._pending:
+            return False
         in_flight = sum(each.job.nbytes for each in self._active)
         admitted = False
         while self._pending and (

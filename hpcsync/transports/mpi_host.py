@@ -10,6 +10,7 @@ Messages are cut at ``piece_bytes``, since classic MPI counts have 31 bits.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
 PIECE_BYTES = 1 << 30
+_POLL_S = 20e-6  # within one round of the progress thread MPI is asked once
 _MOST_PERSISTENT = 256  # requests a program
 
 
 class MpiHost(Transport):
-    """MPI between the ranks of ``comm``; the communicator must be used by nothing else."""
+    """MPI between the ranks of ``comm``; the communicator must be used by nothing else.
+
+    Args:
+        piece_bytes: size at which messages are cut.
+        completions: to share with the other transports that the same thread drives.
+    """
 
     name = "mpi_host"
 
@@ -38,6 +45,7 @@ class MpiHost(Transport):
         ranks: Sequence[int],
         device: Device,
         piece_bytes: int = PIECE_BYTES,
+        completions: Completions | None = None,
     ) -> None:
         from mpi4py import MPI
 
@@ -45,6 +53,7 @@ class MpiHost(Transport):
         self.comm = comm
         self.mpi = MPI
         self.piece_bytes = piece_bytes
+        self.completions = completions or Completions()
         bound = comm.Get_attr(MPI.TAG_UB)
         self._tags = int(bound) if bound else 32767
 
@@ -62,21 +71,61 @@ class MpiHost(Transport):
         return _Messages(self, schedule, region, tag % self._tags, divisor)
 
 
+class Completions:
+    """Asks MPI for all messages in flight at once.
+
+    Each call into MPI looks at every connection, whatever it asks for: one call for everything
+    costs a fraction of one for each collective. Only the progress thread uses it.
+    """
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+        self._waits: list[_Arrived] = []
+        self._asked_s = 0.0
+
+    def watch(self, requests: Sequence[Request], wait: _Arrived) -> None:
+        """Tell ``wait`` of each of the requests that completes."""
+        self._requests.extend(requests)
+        self._waits.extend([wait] * len(requests))
+        self._asked_s = 0.0
+
+    def poll(self) -> None:
+        """Ask, unless that was done a moment ago."""
+        now = time.perf_counter()
+        if now - self._asked_s < _POLL_S:
+            return
+        self._asked_s = now
+        done = self._requests[0].Testsome(self._requests)
+        if not done:
+            return
+        for index in done:
+            self._waits[index].missing -= 1
+        over = set(done)
+        kept = [index for index in range(len(self._waits)) if index not in over]
+        self._requests = [self._requests[index] for index in kept]
+        self._waits = [self._waits[index] for index in kept]
+        self._asked_s = 0.0
+
+
 class _Arrived(Wait):
     """Until all of a step's messages are complete."""
 
-    __slots__ = ("_program", "_requests", "_step")
+    __slots__ = ("_completions", "_program", "_step", "missing")
 
     def __init__(self, requests: list[Request], step: int, program: _Messages | _Native) -> None:
-        self._requests = requests
+        self.missing = len(requests)
         self._step = step
         self._program = program
+        self._completions = program.completions
+        self._completions.watch(requests, self)
 
     def ready(self) -> bool:
-        return bool(self._program.testall(self._requests))
+        if self.missing:
+            self._completions.poll()
+        return not self.missing
 
     def describe(self) -> str:
-        return self._program.describe(self._step, self._requests)
+        return self._program.describe(self._step)
 
 
 class _Messages(Program):
@@ -92,7 +141,7 @@ class _Messages(Program):
         self._divisor = divisor
         self._offsets = chunk_offsets(schedule, region)
         self._scratch = np.empty(self._scratch_elements(), region.dtype.storage)
-        self.testall = transport.mpi.Request.Testall
+        self.completions = transport.completions
         count = sum(len(step.sends) + len(step.recvs) for step in schedule.steps)
         self._persistent: list[list[Request]] | None = None
         if count <= _MOST_PERSISTENT:
@@ -120,7 +169,7 @@ class _Messages(Program):
                 request.Free()
         self._persistent = []
 
-    def describe(self, step: int, requests: list[Request]) -> str:
+    def describe(self, step: int) -> str:
         """Which peers' messages of ``step`` are missing."""
         moves = [
             (verb, move.peer, self._offsets[move.hi] - self._offsets[move.lo])
@@ -210,7 +259,7 @@ class _Native(Program):
         self._region = region
         self._divisor = divisor
         self._comm = transport.comm.Dup()
-        self.testall = transport.mpi.Request.Testall
+        self.completions = transport.completions
 
     def run(self) -> Iterator[Wait]:
         mpi, array = self._transport.mpi, self._region.array
@@ -219,7 +268,7 @@ class _Native(Program):
         if self._divisor != 1:
             self._transport.device.reduce([array], [array], self._region.dtype, self._divisor)
 
-    def describe(self, step: int, requests: list[Request]) -> str:
+    def describe(self, step: int) -> str:
         return f"mpi_host: MPI's own allreduce of {self._region.nbytes} bytes is not complete"
 
     def close(self) -> None:
