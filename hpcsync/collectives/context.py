@@ -19,6 +19,7 @@ from ..device import DType, get
 from ..errors import UserError
 from ..launch import Runtime
 from ..schedules.base import Kind, Schedule
+from ..schedules.hierarchical import compose
 from ..transports.base import Buffer, Region, Transport, private_buffer, sent_bytes
 from ..transports.mpi_host import Completions, MpiHost
 from ..transports.shared_memory import SharedMemory, SharedMemoryError
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _SPARE_SLOTS = 64
 _ONE_NODE_SEGMENTS = 8
+# What the choice of a rail algorithm takes a network to be: 10 Gbit/s, 30 us a message.
+_LINK = schedules.Link(alpha_s=30e-6, beta_s_per_byte=8e-10, gamma_s_per_byte=1e-10)
 _STAGES = 3  # programs a segment at most
 
 
@@ -138,6 +141,8 @@ class Collectives:
         bounds = schedules.chunk_bounds(count, pieces, max(1, 64 // dtype.itemsize))
         for start, stop in itertools.pairwise(bounds):
             region = whole.part(start, stop)
+            # Ranks of uneven nodes have different stages, but a stage has one tag on all of them.
+            self._tags += _STAGES
             collective.add_segment(region.nbytes, self._stages(name, region, divisor))
         return collective
 
@@ -174,36 +179,29 @@ class Collectives:
         flat: Transport = self.world
         if one_node and region.buffer.shared and name != "native" and self.shared:
             flat = self.shared
-        every = [schedules.build(name, Kind.ALLREDUCE, r, flat.size) for r in range(flat.size)]
+        every = schedules.everyone(name, Kind.ALLREDUCE, flat.size)
         return [self._stage("node" if one_node else "world", flat, every, region, divisor)]
 
     def _hierarchy(self, region: Region, divisor: int) -> list[Stage]:
         """Reduce-scatter in the node, allreduce along the rail, allgather in the node."""
-        topology, rails = self.topology, self.topology.rails
+        topology, rank = self.topology, self.runtime.rank
         node: Transport = self.shared if self.shared and region.buffer.shared else self.node
+        align = max(1, 64 // region.dtype.itemsize)
+        shards = schedules.chunk_bounds(region.count, topology.rails, align)
+        local = min(topology.local_rank(rank), topology.rails - 1)
+        shard = region.part(shards[local], shards[local + 1])
+        rail = self._rail_algorithm(shard)
         stages: list[Stage] = []
-        shards = schedules.chunk_bounds(region.count, rails, max(1, 64 // region.dtype.itemsize))
-        if node.size > 1:
-            every = [
-                schedules.build("direct", Kind.REDUCE_SCATTER, r, node.size, rails)
-                for r in range(node.size)
-            ]
-            stages.append(self._stage("node", node, every, region, 1))
-        if self.rail is not None:
-            local = topology.local_rank(self.runtime.rank)
-            shard = region.part(shards[local], shards[local + 1])
-            name = self._rail_algorithm(shard)
-            every = [
-                schedules.build(name, Kind.ALLREDUCE, r, self.rail.size)
-                for r in range(self.rail.size)
-            ]
-            stages.append(self._stage("rail", self.rail, every, shard, divisor))
-        if node.size > 1:
-            every = [
-                schedules.build("direct", Kind.ALLGATHER, r, node.size, rails)
-                for r in range(node.size)
-            ]
-            stages.append(self._stage("node", node, every, region, 1, released=True))
+        for level in compose(topology.nodes, rank, rail=rail):
+            own = level.schedule
+            owners = own.chunks if own.name == "direct" else None
+            every = schedules.everyone(own.name, own.kind, own.size, owners)
+            if level.name == "rail":
+                assert self.rail is not None
+                stages.append(self._stage("rail", self.rail, every, shard, divisor))
+            else:
+                after = own.kind is Kind.ALLGATHER
+                stages.append(self._stage("node", node, every, region, 1, released=after))
         return stages
 
     def _rail_algorithm(self, shard: Region) -> str:
@@ -211,8 +209,7 @@ class Collectives:
         if name == "native" and shard.dtype.storage != shard.dtype.accumulate:
             name = "auto"
         if name == "auto":
-            assert self.rail is not None
-            return "direct" if self.rail.size <= 8 else "halving"
+            return schedules.choose(shard.nbytes, self.topology.node_count, _LINK)
         return name
 
     def _stage(
@@ -224,42 +221,17 @@ class Collectives:
         divisor: int,
         released: bool = False,
     ) -> Stage:
-        self._tags += 1
-        program = transport.bind(every, region, self._tags, divisor, released)
+        tag = self._tags + (2 if released else 1 if level == "rail" else 0)
+        program = transport.bind(every, region, tag, divisor, released)
         return Stage(level, program, self._internode(transport, every[transport.rank], region))
 
     def _internode(self, transport: Transport, schedule: Schedule, region: Region) -> int:
         """Bytes of the schedule that this rank sends to other nodes."""
-        topology = self.topology
-        here = topology.node_of(self.runtime.rank)
-        if all(topology.node_of(rank) == here for rank in transport.ranks):
-            return 0
-        if schedule.name == "native":  # MPI does not tell; what a ring would send
+        here = set(self.topology.node(self.runtime.rank))
+        far = [peer for peer, rank in enumerate(transport.ranks) if rank not in here]
+        if far and schedule.name == "native":  # MPI does not tell; what a ring would send
             return 2 * region.nbytes * (transport.size - 1) // transport.size
-        far = tuple(
-            type(step)(
-                tuple(
-                    move
-                    for move in step.sends
-                    if topology.node_of(transport.ranks[move.peer]) != here
-                ),
-                (),
-                step.action,
-            )
-            for step in schedule.steps
-        )
-        return sent_bytes(
-            Schedule(
-                schedule.name,
-                schedule.kind,
-                schedule.rank,
-                schedule.size,
-                schedule.chunks,
-                far,
-                schedule.owned,
-            ),
-            region,
-        )
+        return sent_bytes(schedule, region, far)
 
     def _mpi(self, ranks: Sequence[int]) -> MpiHost:
         comm = self.runtime.group(tuple(ranks))

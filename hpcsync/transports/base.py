@@ -9,7 +9,7 @@ ready. Nothing in a run blocks, and nothing in it spins.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,10 +160,16 @@ def completed(schedule: Schedule, region: Region) -> Array:
     return region.array
 
 
-def sent_bytes(schedule: Schedule, region: Region) -> int:
-    """Bytes that this rank sends in one run."""
+def sent_bytes(schedule: Schedule, region: Region, peers: Collection[int]) -> int:
+    """Bytes that this rank sends to ``peers`` of the group in one run."""
+    if not peers:
+        return 0
     offsets = chunk_offsets(schedule, region)
+    wanted = set(peers)
     elements = sum(
-        offsets[move.hi] - offsets[move.lo] for step in schedule.steps for move in step.sends
+        offsets[move.hi] - offsets[move.lo]
+        for step in schedule.steps
+        for move in step.sends
+        if move.peer in wanted
     )
     return elements * region.dtype.itemsize
