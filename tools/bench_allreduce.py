@@ -20,11 +20,9 @@ up to 16 ranks where torch is installed, and on more with --gloo.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
 import random
-import socket
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -137,7 +135,7 @@ class Gloo(Contender):
     def __init__(self, runtime: Any, dtype: Any, most: int) -> None:
         import numpy as np
 
-        self._dist = start_gloo(runtime)
+        self._dist = benchmark.start_gloo(runtime)
         import torch
 
         torch.set_num_threads(1)
@@ -149,28 +147,6 @@ class Gloo(Contender):
 
     def run(self) -> None:
         self._dist.all_reduce(self._part)
-
-
-def start_gloo(runtime: Any) -> Any:
-    """torch.distributed with Gloo over the ranks of an MPI job."""
-    import torch.distributed as dist
-
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warning for a missing DNS
-    import torch.distributed as dist
-
-    place = None
-    if runtime.rank == 0:
-        with socket.create_server(("", 0)) as server:
-            port = server.getsockname()[1]
-        alone = runtime.topology.node_count == 1
-        place = ("127.0.0.1" if alone else socket.gethostbyname(runtime.host), port, alone)
-    address, port, alone = runtime.bcast(place)
-    if alone:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://{address}:{port}", rank=runtime.rank, world_size=runtime.size
-    )
-    return dist
 
 
 def chosen(options: argparse.Namespace, size: int, nodes: int) -> list[str]:
@@ -429,28 +405,5 @@ def keep(options: argparse.Namespace, head: dict[str, str], rows: list[dict[str,
         print(f"\n# report: {os.path.relpath(path)}")
 
 
-def main() -> int:
-    """Start on the ranks asked for, or be one of them."""
-    options = arguments().parse_args()
-    try:
-        status = benchmark.launched(options, sys.argv[1:])
-    except BenchmarkError as error:
-        print(f"bench_allreduce: {error}", file=sys.stderr)
-        return 2
-    if status is not None:
-        return status
-    from hpcsync import errors, launch
-
-    def work() -> int:
-        try:
-            return measure(options)
-        except (BenchmarkError, argparse.ArgumentTypeError) as error:
-            raise errors.UserError(str(error)) from None
-
-    with contextlib.suppress(KeyboardInterrupt):
-        launch.guard(work)
-    return 130
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    benchmark.main("bench_allreduce", arguments().parse_args(), measure)

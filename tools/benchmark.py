@@ -10,13 +10,14 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tools import vcluster
 from tools.bootstrap import mpirun_command, mpirun_environment
@@ -121,6 +122,48 @@ def _pairs(text: str, known: Mapping[str, str]) -> dict[str, str]:
         if name not in known:
             raise BenchmarkError(f"--vcluster: no such key {name!r}; there are {', '.join(known)}")
     return pairs
+
+
+def main(
+    name: str, options: argparse.Namespace, work: Callable[[argparse.Namespace], int]
+) -> NoReturn:
+    """Start the program on the ranks asked for, or do its work as one of them and end."""
+    try:
+        status = launched(options, sys.argv[1:])
+    except BenchmarkError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    if status is not None:
+        sys.exit(status)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # Gloo warns where there is no DNS
+    from hpcsync import errors, launch
+
+    def guarded() -> int:
+        try:
+            return work(options)
+        except (BenchmarkError, argparse.ArgumentTypeError) as error:
+            raise errors.UserError(str(error)) from None
+
+    launch.guard(guarded)
+
+
+def start_gloo(runtime: Any) -> Any:
+    """torch.distributed with Gloo over the ranks of an MPI job."""
+    import torch.distributed as dist
+
+    place = None
+    if runtime.rank == 0:
+        with socket.create_server(("", 0)) as server:
+            port = server.getsockname()[1]
+        alone = runtime.topology.node_count == 1
+        place = ("127.0.0.1" if alone else socket.gethostbyname(runtime.host), port, alone)
+    address, port, alone = runtime.bcast(place)
+    if alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{address}:{port}", rank=runtime.rank, world_size=runtime.size
+    )
+    return dist
 
 
 def command_line(options: argparse.Namespace, size: int) -> str:
