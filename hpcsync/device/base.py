@@ -81,7 +81,7 @@ class Device(ABC):
 
         The additions are made from left to right in ``dtype.accumulate`` and rounded once.
         Arrays are 1-D, of equal length and of ``dtype.storage``; an output may be one of the
-        sources.
+        sources. Integers have no divisor.
         """
 
     @abstractmethod

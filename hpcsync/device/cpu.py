@@ -29,6 +29,7 @@ class CpuDevice(Device):
     def reduce(
         self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
     ) -> None:
+        assert divisor == 1 or dtype.floating, f"no mean of {dtype.name}"
         block = self._reduce_widened if dtype.storage != dtype.accumulate else self._reduce_plain
         count = sources[0].shape[0]
         with np.errstate(all="ignore"):  # NaN and Inf are passed on, and judged later
