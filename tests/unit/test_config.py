@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsync import config, schema
@@ -153,6 +153,7 @@ def test_to_dict_holds_every_key() -> None:
 # Round trips
 
 
+@settings(max_examples=40)  # each draws every key of the tree
 @given(configs())
 def test_a_dump_loads_to_the_same(tmp_path_factory: pytest.TempPathFactory, one: Config) -> None:
     path = write(tmp_path_factory.mktemp("deck") / "config.toml", config.dump(one))
@@ -162,6 +163,7 @@ def test_a_dump_loads_to_the_same(tmp_path_factory: pytest.TempPathFactory, one:
     assert pickle.loads(pickle.dumps(one)) == one
 
 
+@settings(max_examples=40)  # each draws every key of the tree
 @given(configs())
 def test_overrides_say_the_same_as_a_deck(one: Config) -> None:
     overrides = [
