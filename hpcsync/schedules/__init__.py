@@ -56,13 +56,13 @@ def build(name: str, kind: Kind, rank: int, size: int, owners: int | None = None
 def everyone(name: str, kind: Kind, size: int, owners: int | None = None) -> Sequence[Schedule]:
     """The schedules of all ranks of a group, each built when it is asked for and then kept: a rank
     among 1,024 should not build what it never looks at. Arguments and errors as for `build`."""
-    build(name, kind, 0, size, owners)
     return _Everyone(name, kind, size, owners)
 
 
 class _Everyone(Sequence[Schedule]):
     def __init__(self, name: str, kind: Kind, size: int, owners: int | None) -> None:
-        self._made: dict[int, Schedule] = {}
+        # The first at once: bad arguments show here, not on first use.
+        self._made = {0: build(name, kind, 0, size, owners)}
         self._name, self._kind, self._size, self._owners = name, kind, size, owners
 
     def __len__(self) -> int:

@@ -95,7 +95,6 @@ def read(schedules: Iterable[Schedule]) -> Group:
         owned.append(schedule.owned)
         for side, getter in enumerate((_sends, _recvs)):
             count, table = _flatten(schedule.steps, getter)
-            _check_transfers(schedule, count, table, receives=side == 1)
             counts[side].append(count)
             transfers[side].append(table)
     if head is None or len(owned) != head.size:
@@ -104,7 +103,7 @@ def read(schedules: Iterable[Schedule]) -> Group:
         (np.concatenate([[0], *counts[side]]).cumsum(), np.concatenate(transfers[side]))
         for side in (0, 1)
     )
-    return Group(
+    group = Group(
         head.name,
         head.kind,
         head.size,
@@ -115,6 +114,10 @@ def read(schedules: Iterable[Schedule]) -> Group:
         sends,
         recvs,
     )
+    _check_transfers(group, sends)
+    _check_transfers(group, recvs)
+    _check_receives(group)
+    return group
 
 
 def _flatten(steps: tuple[Step, ...], getter: Any) -> tuple[Ints, Ints]:
@@ -124,44 +127,47 @@ def _flatten(steps: tuple[Step, ...], getter: Any) -> tuple[Ints, Ints]:
     return count, np.fromiter(numbers, np.int64, 3 * int(count.sum())).reshape(-1, 3)
 
 
-def _check_transfers(schedule: Schedule, count: Ints, table: Ints, *, receives: bool) -> None:
-    peer, lo, hi = table.T
-    steps = np.repeat(np.arange(len(count)), count)
-    wrong = (peer < 0) | (peer >= schedule.size) | (peer == schedule.rank)
+def _check_transfers(group: Group, side: tuple[Ints, Ints]) -> None:
+    peer, lo, hi = side[1].T
+    steps = _steps_of(side)
+    wrong = (peer < 0) | (peer >= group.size) | (peer == group.rank_of(steps))
+    absent = (lo < 0) | (lo >= hi) | (hi > group.chunks)
     for bad, problem in (
         (wrong, "has no such peer"),
-        ((lo < 0) | (lo >= hi) | (hi > schedule.chunks), "names chunks that are not there"),
+        (absent, "names chunks that are not there"),
     ):
         if bad.any():
             at = int(bad.argmax())
             what = f"transfer with rank {peer[at]} of chunks {lo[at]}:{hi[at]} {problem}"
-            raise VerifyError(what, schedule.rank, int(steps[at]))
-    if receives:
-        _check_receives(schedule.rank, steps, table)
+            raise VerifyError(what, *group.place(int(steps[at])))
 
 
-def _check_receives(rank: int, steps: Ints, table: Ints) -> None:
-    peer, lo, hi = table.T
+def _check_receives(group: Group) -> None:
+    peer, lo, hi = group.recvs[1].T
+    steps = _steps_of(group.recvs)
     falls = (steps[1:] == steps[:-1]) & (peer[1:] < peer[:-1])
     if falls.any():
-        at = int(steps[falls.argmax()])
-        raise VerifyError("receives are not in ascending order of peer", rank, at)
-    order = np.lexsort((hi, lo, steps))
+        place = group.place(int(steps[falls.argmax()]))
+        raise VerifyError("receives are not in ascending order of peer", *place)
+    order = ((steps * group.chunks + lo) * (group.chunks + 1) + hi).argsort(kind="stable")
     steps, lo, hi = steps[order], lo[order], hi[order]
     differ = (lo[1:] != lo[:-1]) | (hi[1:] != hi[:-1])
     mixed = (steps[1:] == steps[:-1]) & (lo[1:] < hi[:-1]) & differ
     if mixed.any():
         at = int(mixed.argmax())
         problem = f"receives of chunks {lo[at]}:{hi[at]} and {lo[at + 1]}:{hi[at + 1]} overlap"
-        raise VerifyError(problem, rank, int(steps[at]), int(lo[at + 1]))
+        raise VerifyError(problem, *group.place(int(steps[at])), int(lo[at + 1]))
+
+
+def _steps_of(side: tuple[Ints, Ints]) -> Ints:
+    """The step of each transfer."""
+    return np.repeat(np.arange(len(side[0]) - 1), np.diff(side[0]))
 
 
 def match(group: Group) -> Messages:
     """Pair the k-th send from a to b with the k-th receive of b from a."""
-    (send_offsets, send), (recv_offsets, recv) = group.sends, group.recvs
-    steps = np.arange(len(group.reduces))
-    send_step = np.repeat(steps, np.diff(send_offsets))
-    recv_step = np.repeat(steps, np.diff(recv_offsets))
+    send, recv = group.sends[1], group.recvs[1]
+    send_step, recv_step = _steps_of(group.sends), _steps_of(group.recvs)
     src, dst = group.rank_of(send_step), group.rank_of(recv_step)
     send_pair, recv_pair = src * group.size + send[:, 0], recv[:, 0] * group.size + dst
     send_order = send_pair.argsort(kind="stable")

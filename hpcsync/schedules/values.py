@@ -18,10 +18,11 @@ Words = NDArray[np.uint64]
 
 
 def _mix(left: Any, right: Any) -> Any:
-    """Hash of the sum of two hashed values; the order of the two matters."""
-    mixed = left * np.uint64(0x9E3779B97F4A7C15) + right
-    mixed ^= mixed >> np.uint64(29)
-    return mixed * np.uint64(0xBF58476D1CE4E5B9)
+    """Hash of the sum of two hashed values: commutes, as a sum of two numbers does to the bit, but
+    does not associate."""
+    mixed = left + right
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
 
 
 class Flow:
@@ -159,12 +160,12 @@ class Flow:
             what = (
                 "is missing"
                 if self.group.kind is Kind.ALLGATHER
-                else (f"ends without the share of rank {missing}")
+                else f"ends without the share of rank {missing}"
             )
             raise VerifyError(what, int(rank), chunk=int(chunk) + self.start)
         if self.group.kind is Kind.ALLREDUCE:
             for rank, chunk in np.argwhere(self.order != self.order[0])[:1]:
-                what = "is summed in another order than on rank 0"
+                what = "is added up in another order than on rank 0"
                 raise VerifyError(what, int(rank), chunk=int(chunk) + self.start)
 
 

@@ -8,8 +8,8 @@ unless
 - every chunk that must be complete holds each rank's share exactly once. A value is a set of
   ranks, one bit each; a sum of sets that overlap is an error;
 - the owned chunks of a reduce-scatter or allgather are each owned by exactly one rank;
-- ranks that end with the same chunk have summed it in the same order, hence have the same bits.
-  This one is checked by a 64-bit hash of the order of additions, so up to a chance collision;
+- ranks that end with the same chunk have added it up in the same way, hence have the same bits.
+  This one is checked by a 64-bit hash of the tree of additions, so up to a chance collision;
 - a copy never lands on a chunk that the same step sends; receives are in ascending peer order, and
   two of a step name the same chunks or none in common.
 
