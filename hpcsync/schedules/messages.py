@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 
 _sends = attrgetter("sends")
 _recvs = attrgetter("recvs")
-_transfer = attrgetter("peer", "lo", "hi")
+_fields = (attrgetter("peer"), attrgetter("lo"), attrgetter("hi"))
 
 
 class VerifyError(HpcsyncError):
@@ -121,10 +121,13 @@ def read(schedules: Iterable[Schedule]) -> Group:
 
 
 def _flatten(steps: tuple[Step, ...], getter: Any) -> tuple[Ints, Ints]:
-    """Transfers by step, and all of them as rows of peer, lo, hi."""
+    """Number of transfers by step, and all of them as rows of peer, lo, hi."""
     count = np.fromiter(map(len, map(getter, steps)), np.int64, len(steps))
-    numbers = chain.from_iterable(map(_transfer, chain.from_iterable(map(getter, steps))))
-    return count, np.fromiter(numbers, np.int64, 3 * int(count.sum())).reshape(-1, 3)
+    transfers = list(chain.from_iterable(map(getter, steps)))
+    table = np.empty((len(transfers), 3), np.int64)
+    for column, field in enumerate(_fields):
+        table[:, column] = np.fromiter(map(field, transfers), np.int64, len(transfers))
+    return count, table
 
 
 def _check_transfers(group: Group, side: tuple[Ints, Ints]) -> None:
