@@ -16,7 +16,7 @@ from torch import nn
 from . import banner, data, launch, models
 from .config import Config
 from .data import Sampler, Source
-from .engine import Engine, compile_model, make_optimizer, memory_errors
+from .engine import Engine, ExhaustedError, compile_model, make_optimizer, memory_errors
 from .errors import DataError, UserError
 from .launch import Runtime
 from .parallel import DataParallel
@@ -46,12 +46,12 @@ def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[
         AgreedError: on all ranks, if ``work`` raised a UserError on any or ran out of memory.
         StoppedError: a rank received a signal meanwhile.
     """
-    problem: UserError | None = None
+    problem: Exception | None = None
     result: Any = None
     try:
         with memory_errors(stage):
             result = work()
-    except UserError as error:
+    except (UserError, ExhaustedError) as error:
         problem = error
     runtime.agree(problem)
     (number,) = runtime.allreduce_scalar([signals.received], "max")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .config import TrainConfig
-from .errors import NonFiniteError, UserError
+from .errors import HpcsyncError, NonFiniteError, UserError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,6 +32,10 @@ _SCALE_START = 2.0**16
 _SCALE_PATIENCE = 2000
 _SCALE_MAX = 2.0**24
 _SCALE_MIN = 2.0**-14
+
+
+class ExhaustedError(HpcsyncError):
+    """A rank has no more memory, of the host or of its device."""
 
 
 class DataParallelLike(Protocol):
@@ -292,7 +296,7 @@ def memory_errors(where: str) -> Iterator[None]:
     """Turn running out of memory into one line that says what to change.
 
     Raises:
-        UserError: out of memory; ``where`` names the stage, e.g. ``step 3``.
+        ExhaustedError: out of memory; ``where`` names the stage, e.g. ``step 3``.
     """
     try:
         yield
@@ -300,7 +304,7 @@ def memory_errors(where: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip() or "MemoryError").splitlines()[0][:200]
-        raise UserError(
+        raise ExhaustedError(
             f"{where}: out of memory ({reason}); use more ranks or a larger train.accumulate, "
             "train.activation_checkpointing=true, or a smaller model or train.global_batch"
         ) from error

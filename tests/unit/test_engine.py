@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hpcsync.config import TrainConfig
 from hpcsync.engine import (
     Engine,
+    ExhaustedError,
     LossScale,
     compile_model,
     is_out_of_memory,
@@ -258,13 +259,13 @@ def test_dynamic_scale_grows_after_many_good_steps() -> None:
 def test_out_of_memory_is_one_line(error: Exception) -> None:
     assert is_out_of_memory(error)
     said = r"step 3: out of memory .*train\.accumulate"
-    with pytest.raises(UserError, match=said) as caught, memory_errors("step 3"):
+    with pytest.raises(ExhaustedError, match=said) as caught, memory_errors("step 3"):
         raise error
     assert "\n" not in str(caught.value)
 
 
 def test_real_exhaustion_is_recognised() -> None:
-    with pytest.raises(UserError, match="out of memory"), memory_errors("model"):
+    with pytest.raises(ExhaustedError, match="out of memory"), memory_errors("model"):
         torch.empty(1 << 60)
 
 
