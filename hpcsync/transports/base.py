@@ -16,7 +16,7 @@ import numpy as np
 
 from ..device import Device, DType
 from ..device.base import Array
-from ..schedules.base import Kind, Schedule, chunk_bounds
+from ..schedules.base import Action, Kind, Schedule, Step, chunk_bounds
 
 
 class Wait(ABC):
@@ -140,7 +140,8 @@ class Transport(ABC):
             schedules: the schedule of every rank of the group.
             region: of equal length and type on every rank.
             tag: a number that no other program of this transport has, the same on all ranks.
-            divisor: by what completed sums are divided (the number of ranks, for a mean).
+            divisor: by what completed sums are divided (the number of ranks, for a mean); for
+                groups of several ranks.
             released: an allgather that always follows the reduce-scatter of the same owners on
                 the same region: nobody reads what it overwrites any more.
         """
@@ -151,13 +152,20 @@ def chunk_offsets(schedule: Schedule, region: Region) -> list[int]:
     return chunk_bounds(region.count, max(schedule.chunks, 1), max(1, 64 // region.dtype.itemsize))
 
 
-def completed(schedule: Schedule, region: Region) -> Array:
-    """The elements whose sum is complete on this rank after the schedule."""
-    if schedule.kind is Kind.REDUCE_SCATTER:
-        offsets = chunk_offsets(schedule, region)
-        low, high = schedule.owned
-        return region.array[offsets[low] : offsets[high]]
-    return region.array
+def final_sum(schedule: Schedule) -> int | None:
+    """The step at which this rank's sums become complete; None if it completes none.
+
+    There a mean is divided, before its one rounding, and not after: float16 could have overflowed.
+    What later steps pass on is complete, so nobody else need divide.
+    """
+    if schedule.kind is Kind.ALLGATHER:
+        return None
+    adds = (index for index, step in enumerate(schedule.steps) if _adds(step))
+    return max(adds, default=None)
+
+
+def _adds(step: Step) -> bool:
+    return step.action is Action.REDUCE and bool(step.recvs)
 
 
 def sent_bytes(schedule: Schedule, region: Region, peers: Collection[int]) -> int:

@@ -10,6 +10,7 @@ Messages are cut at ``piece_bytes``, since classic MPI counts have 31 bits.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 from ..device import Device
 from ..device.base import Array
 from ..schedules.base import Action, Kind, Schedule, Step
-from .base import Program, Region, Transport, Wait, chunk_offsets, completed
+from .base import Program, Region, Transport, Wait, chunk_offsets, final_sum
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
@@ -110,10 +111,11 @@ class Completions:
 class _Arrived(Wait):
     """Until all of a step's messages are complete."""
 
-    __slots__ = ("_completions", "_program", "_step", "missing")
+    __slots__ = ("_completions", "_program", "_requests", "_step", "missing")
 
     def __init__(self, requests: list[Request], step: int, program: _Messages | _Native) -> None:
         self.missing = len(requests)
+        self._requests = requests
         self._step = step
         self._program = program
         self._completions = program.completions
@@ -125,7 +127,7 @@ class _Arrived(Wait):
         return not self.missing
 
     def describe(self) -> str:
-        return self._program.describe(self._step)
+        return self._program.describe(self._step, self._requests)
 
 
 class _Messages(Program):
@@ -139,6 +141,7 @@ class _Messages(Program):
         self._region = region
         self._tag = tag
         self._divisor = divisor
+        self._final = final_sum(schedule)
         self._offsets = chunk_offsets(schedule, region)
         self._scratch = np.empty(self._scratch_elements(), region.dtype.storage)
         self.completions = transport.completions
@@ -158,10 +161,7 @@ class _Messages(Program):
             if requests:
                 yield _Arrived(requests, index, self)
             if step.action is Action.REDUCE:
-                self._add(step)
-        if self._divisor != 1 and self._schedule.kind is not Kind.ALLGATHER:
-            done = completed(self._schedule, self._region)
-            self._transport.device.reduce([done], [done], self._region.dtype, self._divisor)
+                self._add(step, self._divisor if index == self._final else 1)
 
     def close(self) -> None:
         for requests in self._persistent or []:
@@ -169,24 +169,22 @@ class _Messages(Program):
                 request.Free()
         self._persistent = []
 
-    def describe(self, step: int) -> str:
+    def describe(self, step: int, requests: Sequence[Request]) -> str:
         """Which peers' messages of ``step`` are missing."""
-        moves = [
-            (verb, move.peer, self._offsets[move.hi] - self._offsets[move.lo])
-            for verb, moves in (
-                ("from", self._schedule.steps[step].recvs),
-                ("to", self._schedule.steps[step].sends),
-            )
-            for move in moves
-        ]
-        size = self._region.dtype.itemsize
-        named = ", ".join(
-            f"{count * size} bytes {verb} rank {self._transport.ranks[peer]}"
-            for verb, peer, count in moves
-        )
+        moves = self._schedule.steps[step]
+        width, size = self._transport.piece_bytes, self._region.dtype.itemsize
+        missing: list[str] = []
+        rest = iter(requests)
+        for verb, moved in (("from", moves.recvs), ("to", moves.sends)):
+            for move in moved:
+                nbytes = (self._offsets[move.hi] - self._offsets[move.lo]) * size
+                pieces = list(itertools.islice(rest, -(-nbytes // width)))
+                if not all(piece.Get_status() for piece in pieces):
+                    rank = self._transport.ranks[move.peer]
+                    missing.append(f"{nbytes} bytes {verb} rank {rank}")
         return (
             f"mpi_host: {self._schedule.name} waits at step {step} of "
-            f"{len(self._schedule.steps)} for one or more of {named}"
+            f"{len(self._schedule.steps)} for {', '.join(missing) or 'nothing more'}"
         )
 
     def _scratch_elements(self) -> int:
@@ -232,7 +230,7 @@ class _Messages(Program):
         byte = self._transport.mpi.BYTE
         return [[memory[start : start + width], byte] for start in range(0, memory.shape[0], width)]
 
-    def _add(self, step: Step) -> None:
+    def _add(self, step: Step, divisor: int) -> None:
         parts: dict[tuple[int, int], dict[int, Array]] = {}
         for peer, part, arrived in self._incoming(step):
             parts.setdefault((part.start, part.stop), {})[peer] = arrived
@@ -240,7 +238,7 @@ class _Messages(Program):
             own = self._region.array[start:stop]
             sources[self._transport.rank] = own
             self._transport.device.reduce(
-                [own], [sources[who] for who in sorted(sources)], self._region.dtype
+                [own], [sources[who] for who in sorted(sources)], self._region.dtype, divisor
             )
 
 
@@ -268,7 +266,7 @@ class _Native(Program):
         if self._divisor != 1:
             self._transport.device.reduce([array], [array], self._region.dtype, self._divisor)
 
-    def describe(self, step: int) -> str:
+    def describe(self, step: int, requests: Sequence[Request]) -> str:
         return f"mpi_host: MPI's own allreduce of {self._region.nbytes} bytes is not complete"
 
     def close(self) -> None:

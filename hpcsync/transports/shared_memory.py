@@ -35,7 +35,7 @@ from ..device import Device
 from ..device.base import Array
 from ..errors import HpcsyncError
 from ..schedules.base import Action, Kind, Schedule, Step
-from .base import Buffer, Program, Region, Transport, Wait, chunk_offsets, completed
+from .base import Buffer, Program, Region, Transport, Wait, chunk_offsets, final_sum
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -152,6 +152,7 @@ class SharedMemory(Transport):
         assert isinstance(buffer, SharedBuffer), "shared_memory needs a shared buffer"
         counters = _Counters(self, buffer, buffer.take_slot())
         schedule = schedules[self.rank]
+        assert schedule.name != "native", "native is MPI's own"
         if schedule.name == "direct":
             return _Direct(self, counters, schedule, region, divisor, released)
         return _Stepwise(self, counters, schedules, region, divisor)
@@ -215,15 +216,21 @@ class _Counted(Wait):
 
     def describe(self) -> str:
         counters = self._counters
+        index = counters.base + self._which
         verb = "reach" if self._which == _Counters.ENTERED else "leave"
-        places = ", ".join(
-            f"rank {counters.transport.ranks[who]} to {verb} step {(value - 1) % _STRIDE} of run "
-            f"{value // _STRIDE} (it is at step "
-            f"{(counters.words[who][counters.base + self._which] - 1) % _STRIDE} of run "
-            f"{counters.words[who][counters.base + self._which] // _STRIDE})"
+        places = [
+            f"rank {counters.transport.ranks[who]} to {verb} {_place(value)} "
+            f"(it is at {_place(counters.words[who][index])})"
             for who, value in reversed(self._missing)
-        )
-        return f"shared_memory: waits for {places}"
+            if counters.words[who][index] < value
+        ]
+        return f"shared_memory: waits for {', '.join(places) or 'nothing more'}"
+
+
+def _place(word: int) -> str:
+    """A counter's value in words."""
+    run, step = divmod(word - 1, _STRIDE)
+    return f"step {step} of run {run}" if word else "its start"
 
 
 class _Direct(Program):
@@ -302,6 +309,7 @@ class _Stepwise(Program):
         self._region = region
         self._divisor = divisor
         self._schedule = schedules[transport.rank]
+        self._final = final_sum(self._schedule)
         self._offsets = chunk_offsets(self._schedule, region)
         self._met = _meetings(schedules, transport.rank)
 
@@ -313,16 +321,13 @@ class _Stepwise(Program):
             takers = [(move.peer, self._met[index, move.peer, False]) for move in step.sends]
             counters.enter(index)
             yield counters.until(counters.ENTERED, givers)
-            late = self._receive(step)
+            late = self._receive(step, self._divisor if index == self._final else 1)
             counters.leave(index)
             yield counters.until(counters.LEFT, takers)
             for target, value in late:
                 self._device.copy(target, value)
-        if self._divisor != 1 and self._schedule.kind is not Kind.ALLGATHER:
-            done = completed(self._schedule, self._region)
-            self._device.reduce([done], [done], self._region.dtype, self._divisor)
 
-    def _receive(self, step: Step) -> list[tuple[Array, Array]]:
+    def _receive(self, step: Step, divisor: int) -> list[tuple[Array, Array]]:
         """Pull every chunk of the step; what peers still read is returned to be stored later."""
         late: list[tuple[Array, Array]] = []
         for part, peers in _by_part(step, self._offsets):
@@ -339,7 +344,7 @@ class _Stepwise(Program):
             target = np.empty_like(own) if offered else own
             sources[self._transport.rank] = own
             self._device.reduce(
-                [target], [sources[who] for who in sorted(sources)], self._region.dtype
+                [target], [sources[who] for who in sorted(sources)], self._region.dtype, divisor
             )
             if offered:
                 late.append((own, target))
