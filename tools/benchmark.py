@@ -19,8 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tools import vcluster
 from tools.bootstrap import mpirun_command, mpirun_environment
+from tools.namespaces import ClusterError, follow
+from tools.virtual_cluster import VirtualCluster
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "tools" / "reports"
@@ -85,7 +86,7 @@ def launched(options: argparse.Namespace, arguments: Sequence[str]) -> int | Non
         script += ["--place", f"1 node x {options.ranks} ranks"]
         command = [*mpirun_command(find_mpirun(), options.ranks), *options.mpi_arg, *script]
         env = mpirun_environment(os.environ | {"OMP_NUM_THREADS": threads})
-        return vcluster.follow([subprocess.Popen(command, env=env)])
+        return follow([subprocess.Popen(command, env=env)])
     known = {"nodes": "2", "rate": "1gbit", "burst": "256kb", "queue": "50ms"}
     shape = known | _pairs(options.vcluster, known)
     bits = parse_rate(shape["rate"])
@@ -93,17 +94,15 @@ def launched(options: argparse.Namespace, arguments: Sequence[str]) -> int | Non
     script += ["--place", place, "--link-bits", str(bits)]
     try:
         nodes, rate = int(shape["nodes"]), shape["rate"]
-        with vcluster.VirtualCluster(
-            nodes, rate, burst=shape["burst"], queue=shape["queue"]
-        ) as cluster:
+        with VirtualCluster(nodes, rate, burst=shape["burst"], queue=shape["queue"]) as cluster:
             job = cluster.spawn_mpi(
                 script,
                 options.ranks_per_node,
                 mpi_args=options.mpi_arg,
                 env={"OMP_NUM_THREADS": threads},
             )
-            return vcluster.follow([job])
-    except (vcluster.ClusterError, ValueError) as error:
+            return follow([job])
+    except (ClusterError, ValueError) as error:
         raise BenchmarkError(f"--vcluster: {error}") from None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import launcher
-from tools import vcluster
+from tools import namespaces, vcluster
 from tools.vcluster import ClusterError, VirtualCluster
 
 TOOL = Path(vcluster.__file__)
@@ -81,7 +81,7 @@ def start_owner(name: str, then: str) -> subprocess.Popen[str]:
 
 def is_gone(name: str) -> bool:
     """No folder and no process of a cluster is left."""
-    return not (vcluster.base_folder() / name).exists() and not launcher.processes(name)
+    return not (namespaces.base_folder() / name).exists() and not launcher.processes(name)
 
 
 @pytest.fixture
@@ -232,10 +232,10 @@ def test_stale_clusters_are_cleared(name: str) -> None:
     stale = VirtualCluster(2, "none", name=name, owned=False)
     stale.start()
     stale.detach()
-    vcluster.kill_all(stale.state)
-    assert (vcluster.base_folder() / name).exists()
+    namespaces.kill_all(stale.state)
+    assert (namespaces.base_folder() / name).exists()
     with VirtualCluster(1, "none"):
-        assert not (vcluster.base_folder() / name).exists()
+        assert not (namespaces.base_folder() / name).exists()
 
 
 @needs_cluster
@@ -282,6 +282,12 @@ def test_a_missing_tool_is_told(
     monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else found(tool) or "x")
     assert vcluster.main(["run", "--nodes", "2", "--", "true"]) == 2
     assert capsys.readouterr().err == "vcluster: tc is missing: install iproute2\n"
+
+
+def test_names_are_checked() -> None:
+    """A name is a folder's."""
+    with pytest.raises(ClusterError, match="letters"):
+        VirtualCluster(2, name="../etc")
 
 
 @pytest.mark.parametrize("nodes", [0, -1, 1001])
