@@ -9,6 +9,7 @@ Nothing heavy is imported before the arguments are understood.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -67,6 +68,8 @@ def run(argv: Sequence[str]) -> int:
 
         def give_up(status: int) -> None:
             _say(runtime, "the step did not end in time after the signal; ending without it")
+            if runtime.size == 1:  # nobody else to end, and MPI_Abort would be loud
+                os._exit(status)
             launch.abort(status)
 
         with StopSignals(watchers.interrupted, give_up) as signals:

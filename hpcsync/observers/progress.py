@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-# Rates are of the last seconds, so that they follow a change within one line.
+# Rates are means of this many steps: steady enough to read, quick enough to follow a change.
 _RECENT = 50
 
 

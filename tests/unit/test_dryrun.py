@@ -1,0 +1,149 @@
+"""The dry run: any size on any machine, without MPI."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcsync import config as configs
+from hpcsync import data, dryrun, models
+from hpcsync.config import CommConfig
+from hpcsync.errors import LaunchError, ModelError, UserError
+from hpcsync.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def report(*words: str, ranks: int = 1, nodes: int = 0) -> str:
+    return dryrun.report(configs.load(None, ["data.options={max_mb=0.5}", *words]), ranks, nodes)
+
+
+def test_it_needs_no_mpi() -> None:
+    code = (
+        "import sys; sys.modules['mpi4py'] = None\n"
+        "from hpcsync.train import main\n"
+        "main(['--dry-run', '--ranks', '512', '--nodes', '64', 'train.global_batch=512'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "512 ranks on 64 nodes (64 x 8)" in done.stdout
+    assert not done.stderr
+
+
+def test_a_model_that_no_machine_holds() -> None:
+    text = report("model.layers=96", "model.width=12288", "model.heads=96", "model.context=2048")
+    assert "174 billion parameters" in text
+    assert "optimizer" in text
+
+
+def test_memory_is_that_of_the_real_model() -> None:
+    config = configs.load(None, ["data.options={max_mb=0.5}"])
+    source = data.build(config)
+    sizes = dryrun.measure(config, source, 2)
+    model = models.build(config.model, source)
+    assert sizes.counts == models.parameter_counts(model)
+    assert sum(p.numel for p in sizes.parameters) == sizes.counts.trainable
+    assert sizes.activations is not None
+    more = dryrun.measure(config, source, 4).activations
+    assert more is not None
+    assert 1.8 < more / sizes.activations <= 2.0
+
+
+def test_what_saves_memory_is_seen() -> None:
+    def activations(*words: str) -> int:
+        config = configs.load(None, ["data.options={max_mb=0.5}", *words])
+        found = dryrun.measure(config, data.build(config), 4).activations
+        assert found is not None
+        return found
+
+    full = activations()
+    assert activations("train.precision=bf16") < full
+    assert activations("train.activation_checkpointing=true") < full / 2
+
+
+def test_data_that_is_not_here_is_assumed() -> None:
+    config = configs.load(None, ["data.name=tokens", "data.path=/nowhere/tokens.h5"])
+    text = dryrun.report(config, 2)
+    assert "NOT FOUND HERE" in text
+    assert "/nowhere/tokens.h5" in text
+
+
+def test_a_model_of_the_users_own_that_looks_at_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "curious_model.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.table = torch.nn.Embedding(256, 8)\n"
+        "    def forward(self, inputs, targets):\n"
+        "        return self.table(inputs).sum() * (1 if inputs.sum().item() else 2)\n"
+        "def build(config, source):\n"
+        "    return Model()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "does not run without values" in report("model.name=curious_model:build")
+
+
+def test_faults() -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch"):
+        report(ranks=7)
+    with pytest.raises(LaunchError, match="8 nodes for 4 ranks"):
+        report(ranks=4, nodes=8)
+    with pytest.raises(ModelError, match="no_such_model"):
+        report("model.name=no_such_model")
+
+
+def test_ranks_are_placed_block_by_block() -> None:
+    config = configs.load(None, ["topology.ranks_per_node=4"])
+    assert dryrun.assume_topology(config, 8, 0).nodes == ((0, 1, 2, 3), (4, 5, 6, 7))
+    config = configs.load(None)
+    assert dryrun.assume_topology(config, 6, 0).node_count == 1
+    sizes = [len(ranks) for ranks in dryrun.assume_topology(config, 512, 100).nodes]
+    assert sum(sizes) == 512
+    assert set(sizes) == {5, 6}
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 8])
+def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
+    """Each node's link carries 2 (N - 1)/N of the buffer each way, whatever its ranks."""
+    nodes, nbytes = 4, 1e6
+    topology = Topology.group([f"n{rank // per_node}" for rank in range(nodes * per_node)])
+    for rail in ("direct", "ring", "halving", "native"):
+        moved = dryrun.traffic(topology, "hierarchical", rail, nbytes)
+        assert moved.node_far == pytest.approx(2 * (nodes - 1) / nodes * nbytes)
+        assert moved.rank_far == pytest.approx(moved.node_far / per_node)
+        assert moved.rank_near == pytest.approx(2 * (per_node - 1) / per_node * nbytes)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "ring", "halving", "doubling", "native"])
+def test_flat_bytes(algorithm: str) -> None:
+    one_node = dryrun.traffic(Topology.group(["a"] * 4), algorithm, "direct", 1e6)
+    assert one_node.rank_far == one_node.node_far == 0
+    assert one_node.rank_near == pytest.approx(2e6 if algorithm == "doubling" else 1.5e6)
+    two_nodes = dryrun.traffic(Topology.group(["a", "a", "b", "b"]), algorithm, "direct", 1e6)
+    assert two_nodes.node_far > 0
+
+
+def test_uneven_nodes() -> None:
+    moved = dryrun.traffic(Topology.group(["a", "a", "a", "b", "b"]), "hierarchical", "direct", 1e6)
+    assert moved.node_far == pytest.approx(1e6)
+
+
+def test_auto_is_hierarchical_over_nodes_only() -> None:
+    one, two = Topology.group(["a", "a"]), Topology.group(["a", "b"])
+    assert dryrun.algorithms(CommConfig(), one) == ("direct", "direct")
+    assert dryrun.algorithms(CommConfig(), two) == ("hierarchical", "direct")
+    assert dryrun.algorithms(CommConfig(algorithm="ring"), two)[0] == "ring"
+    assert dryrun.algorithms(CommConfig(reproducible=True), two) == ("direct", "direct")
