@@ -1,27 +1,20 @@
-"""What the benchmarks share: starting themselves on ranks, the machine's name, and reports."""
+"""What the benchmarks share: starting themselves on ranks, the machine's name, and reports.
+
+Modules that only the starting process or rank 0 needs are imported where they are used: hundreds
+of ranks share a few cores while they start.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
-import platform
 import re
-import shlex
-import shutil
-import socket
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
-
-from tools.bootstrap import mpirun_command, mpirun_environment
-from tools.namespaces import ClusterError, follow
-from tools.virtual_cluster import VirtualCluster
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "tools" / "reports"
@@ -79,6 +72,10 @@ def launched(options: argparse.Namespace, arguments: Sequence[str]) -> int | Non
     """
     if options.place or not (options.ranks or options.vcluster):
         return None
+    from tools.bootstrap import mpirun_command, mpirun_environment
+    from tools.namespaces import ClusterError, follow
+    from tools.virtual_cluster import VirtualCluster
+
     script = [sys.executable, os.path.abspath(sys.argv[0]), *arguments]
     # One computing thread a rank unless the user says otherwise: ranks share the cores.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
@@ -108,6 +105,8 @@ def launched(options: argparse.Namespace, arguments: Sequence[str]) -> int | Non
 
 def find_mpirun() -> str:
     """The mpirun beside this Python, else the first on PATH."""
+    import shutil
+
     beside = Path(sys.executable).parent / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
@@ -148,6 +147,8 @@ def main(
 
 def start_gloo(runtime: Any) -> Any:
     """torch.distributed with Gloo over the ranks of an MPI job."""
+    import socket
+
     import torch.distributed as dist
 
     place = None
@@ -167,6 +168,8 @@ def start_gloo(runtime: Any) -> Any:
 
 def command_line(options: argparse.Namespace, size: int) -> str:
     """The command that was typed, less the options that `launched` added."""
+    import shlex
+
     words, skip = [], False
     for word in sys.argv[1:]:
         if not skip and word not in ("--place", "--link-bits"):
@@ -193,11 +196,15 @@ def processor() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.machine()
+    return os.uname().machine
 
 
 def facts(place: str) -> dict[str, str]:
     """Date, hardware and versions, for the head of an output or a report."""
+    import datetime
+    import platform
+    from importlib import metadata
+
     from hpcsync import launch
 
     now = datetime.datetime.now(datetime.UTC)
@@ -229,8 +236,11 @@ def revision() -> str:
 
 def median(values: Iterable[float]) -> float:
     """The median; nan of nothing."""
-    known = list(values)
-    return statistics.median(known) if known else float("nan")
+    known = sorted(values)
+    half = len(known) // 2
+    if not known:
+        return float("nan")
+    return known[half] if len(known) % 2 else (known[half - 1] + known[half]) / 2
 
 
 # -- showing -----------------------------------------------------------------------------
