@@ -19,7 +19,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .config import TopologyConfig
-from .errors import CollectiveTimeout, HpcsyncError, LaunchError, UserError
+from .errors import (
+    CollectiveTimeout,
+    ConfigError,
+    DataError,
+    HpcsyncError,
+    LaunchError,
+    ModelError,
+    UserError,
+)
 from .topology import Topology
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 1 << 30  # classic MPI counts have 31 bits
 _MOST_SLEEP_S = 1e-3
+_KINDS: tuple[type[UserError], ...] = (ConfigError, DataError, ModelError, LaunchError)
 _TAG_FIX = "see `python -m mpi4py --mpi-library`"
 
 
@@ -43,13 +52,17 @@ class Runtime:
         local_rank, local_size: within its node.
         host: host name.
         topology: the grouping of all ranks.
+        crowding: ranks a core of this host.
         comm: a communicator of all ranks for control messages.
     """
 
-    def __init__(self, comm: Intracomm, topology: Topology, timeout_s: float) -> None:
+    def __init__(
+        self, comm: Intracomm, topology: Topology, timeout_s: float, crowding: float = 1.0
+    ) -> None:
         self.comm = comm
         self.topology = topology
         self.timeout_s = timeout_s
+        self.crowding = crowding
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.local_rank = topology.local_rank(self.rank)
@@ -83,13 +96,14 @@ class Runtime:
         self._closers.append(action)
 
     def group(self, ranks: Sequence[int]) -> Intracomm:
-        """A communicator of ``ranks``; collective over the job.
+        """A communicator of ``ranks``, in that order; collective over the job.
 
         Every rank calls it with the ranks of its own group; a rank in no group passes none and
         gets a communicator of itself.
         """
         colour = min(ranks) if ranks else self.rank
-        return cast("Intracomm", self.comm.Split(colour, self.rank))
+        place = ranks.index(self.rank) if ranks else 0
+        return cast("Intracomm", self.comm.Split(colour, place))
 
     def wait(self, request: Request) -> None:
         """Sleep until a request is complete.
@@ -105,7 +119,7 @@ class Runtime:
                     f"a control message of rank {self.rank} is not complete after "
                     f"{waited:.0f} s (comm.timeout_s = {self.timeout_s:g}): a rank is missing"
                 )
-            time.sleep(min(max(waited * 0.1, 20e-6), _MOST_SLEEP_S))
+            time.sleep(min(max(waited * 0.1, 20e-6), _MOST_SLEEP_S) * max(self.crowding, 1.0))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -166,18 +180,27 @@ class Runtime:
         """Go on only if no rank has a problem; collective.
 
         Raises:
-            AgreedError: on every rank, with the message of the lowest rank that has one.
+            AgreedError: on every rank, with the message of the lowest rank that has one. If that
+                is a user's error, it is one of the same class, too.
         """
-        mine = None
+        mine: tuple[type[UserError], str] | None = None
         if problem is not None:
             known = isinstance(problem, UserError)
-            mine = str(problem) if known else f"{type(problem).__name__}: {problem}"
-        found = [(rank, text) for rank, text in enumerate(self.allgather_object(mine)) if text]
+            kind = next((each for each in _KINDS if isinstance(problem, each)), UserError)
+            mine = kind, str(problem) if known else f"{type(problem).__name__}: {problem}"
+        found = [(rank, *told) for rank, told in enumerate(self.allgather_object(mine)) if told]
         if not found:
             return
-        rank, text = found[0]
+        rank, kind, text = found[0]
         where = "" if len(found) == self.size else f"rank {rank}: "
-        raise AgreedError(where + text) from problem
+        raise _agreed(kind)(where + text) from problem
+
+
+def _agreed(kind: type[UserError]) -> type[AgreedError]:
+    """An AgreedError that ``except kind`` catches, too."""
+    if kind is UserError:
+        return AgreedError
+    return type("AgreedError", (AgreedError, kind), {})
 
 
 def start(config: TopologyConfig, timeout_s: float = 300.0) -> Runtime:
@@ -196,7 +219,9 @@ def start(config: TopologyConfig, timeout_s: float = 300.0) -> Runtime:
         )
     comm = world.Dup()
     hosts = comm.allgather(socket.gethostname())
-    return Runtime(comm, Topology.group(hosts, config.ranks_per_node), timeout_s)
+    crowding = hosts.count(socket.gethostname()) / (os.cpu_count() or 1)
+    topology = Topology.group(hosts, config.ranks_per_node)
+    return Runtime(comm, topology, timeout_s, crowding)
 
 
 def _import_mpi() -> Any:

@@ -53,13 +53,15 @@ class Collectives:
         self.config = config
         self.topology = runtime.topology
         self.device = get("cpu")
-        self.progress = Progress(int(config.credit_mb * _MIB), config.timeout_s)
+        self.progress = Progress(
+            int(config.credit_mb * _MIB), config.timeout_s, runtime.crowding
+        )
         self._tags = 0
         self._comms: list[Intracomm] = []
         self._completions = Completions()
         self.world = self._mpi(range(runtime.size))
         self.node = self._mpi(self.topology.node(runtime.rank))
-        self.rail: MpiHost | None = self._mpi(self.topology.rail(runtime.rank))
+        self.rail = self._mpi(self.topology.rail(runtime.rank))
         self.shared: SharedMemory | None = None
         if config.node_transport != "mpi_host":
             self.shared = SharedMemory(self.node.comm, self.node.ranks, self.device)
@@ -80,15 +82,18 @@ class Collectives:
             levels["rail"] = "mpi_host"
         return levels
 
-    def buffer(self, nbytes: int) -> Buffer:
+    def buffer(self, nbytes: int, bindings: int = 1) -> Buffer:
         """Zeroed memory of ``nbytes`` bytes, shared by the ranks of each node where it can be.
+
+        Args:
+            bindings: how many allreduces of the whole will be bound to it.
 
         Raises:
             UserError: ``comm.node_transport = "shared_memory"`` and there is no room.
         """
         if self.shared is None or self.topology.node_count == self.runtime.size:
             return private_buffer(nbytes)
-        slots = _STAGES * self._segment_count(nbytes) + _SPARE_SLOTS
+        slots = _STAGES * self._segment_count(nbytes) * bindings + _SPARE_SLOTS
         buffer: Buffer | None = None
         problem = ""
         try:
@@ -191,17 +196,21 @@ class Collectives:
         local = min(topology.local_rank(rank), topology.rails - 1)
         shard = region.part(shards[local], shards[local + 1])
         rail = self._rail_algorithm(shard)
+        # Low precision is rounded between levels: part of the division comes before that, since
+        # the node's sum could overflow.
+        narrow = region.dtype.storage != region.dtype.accumulate
+        early = topology.rails if narrow and divisor % topology.rails == 0 else 1
         stages: list[Stage] = []
         for level in compose(topology.nodes, rank, rail=rail):
             own = level.schedule
             owners = own.chunks if own.name == "direct" else None
             every = schedules.everyone(own.name, own.kind, own.size, owners)
             if level.name == "rail":
-                assert self.rail is not None
-                stages.append(self._stage("rail", self.rail, every, shard, divisor))
+                stages.append(self._stage("rail", self.rail, every, shard, divisor // early))
             else:
                 after = own.kind is Kind.ALLGATHER
-                stages.append(self._stage("node", node, every, region, 1, released=after))
+                inner = 1 if after else early
+                stages.append(self._stage("node", node, every, region, inner, released=after))
         return stages
 
     def _rail_algorithm(self, shard: Region) -> str:

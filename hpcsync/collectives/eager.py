@@ -20,7 +20,7 @@ class Eager:
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
-        self._staging: Buffer | None = None
+        self._staging: dict[tuple[str, bool], Buffer] = {}
         self._bound: dict[tuple[str, bool, int], Collective] = {}
 
     def allreduce(self, data: Array, dtype: str, *, average: bool) -> None:
@@ -32,12 +32,13 @@ class Eager:
         dtype_of(dtype)
         if self._collectives.runtime.size == 1:
             return
-        if self._staging is None:
-            self._staging = self._collectives.buffer(_SIZES[-1])
+        if (dtype, average) not in self._staging:
+            buffer = self._collectives.buffer(_SIZES[-1], bindings=len(_SIZES))
+            self._staging[dtype, average] = buffer
         for start in range(0, data.shape[0], _SIZES[-1]):
             piece = data[start : start + _SIZES[-1]]
             room = next(size for size in _SIZES if size >= piece.shape[0])
-            place = self._staging.own
+            place = self._staging[dtype, average].own
             place[: piece.shape[0]] = piece
             place[piece.shape[0] : room] = 0
             collective = self._collective(dtype, average, room)
@@ -48,10 +49,9 @@ class Eager:
     def _collective(self, dtype: str, average: bool, room: int) -> Collective:
         key = (dtype, average, room)
         if key not in self._bound:
-            assert self._staging is not None
             kind = dtype_of(dtype)
             self._bound[key] = self._collectives.allreduce(
-                self._staging,
+                self._staging[dtype, average],
                 kind,
                 count=room // kind.itemsize,
                 average=average,

@@ -13,6 +13,8 @@ everything is admitted, and everything admitted completes.
 Sleeping. Blocking MPI calls spin, and a spinning thread takes the core that computes. When
 nothing is ready the thread sleeps for a fraction of the time that nothing has moved, up to
 ``MOST_SLEEP_S``: short waits are met at once, and a long one costs a few per cent of a core.
+Where ranks outnumber cores both bounds grow with their ratio, or the ranks that wait would keep
+those that work from a core.
 """
 
 from __future__ import annotations
@@ -78,11 +80,14 @@ class Progress:
     Args:
         credit_bytes: bytes in flight up to which further jobs are admitted.
         timeout_s: seconds without any movement after which waiting fails; 0 for never.
+        crowding: ranks a core of this host.
     """
 
-    def __init__(self, credit_bytes: int, timeout_s: float) -> None:
+    def __init__(self, credit_bytes: int, timeout_s: float, crowding: float = 1.0) -> None:
         self._credit = credit_bytes
         self._timeout = timeout_s
+        self._least_sleep_s = LEAST_SLEEP_S * max(crowding, 1.0)
+        self._most_sleep_s = MOST_SLEEP_S * max(crowding, 1.0)
         self._incoming: deque[Job] = deque()
         self._pending: list[tuple[int, int, Job]] = []
         self._active: list[_Active] = []
@@ -156,7 +161,7 @@ class Progress:
                 continue
             if self._timeout and idle > self._timeout:
                 raise CollectiveTimeout(self._report(idle))
-            time.sleep(min(max(idle * _SLEEP_SHARE, LEAST_SLEEP_S), MOST_SLEEP_S))
+            time.sleep(min(max(idle * _SLEEP_SHARE, self._least_sleep_s), self._most_sleep_s))
 
     def _rest(self) -> None:
         """Nothing to do: sleep until something is submitted."""
