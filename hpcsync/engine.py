@@ -303,7 +303,8 @@ def memory_errors(where: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or "MemoryError").splitlines()[0][:200]
+        # Without the place in torch's source that stands in front.
+        reason = (str(error).strip() or "MemoryError").splitlines()[0].rpartition("] err == 0. ")[2]
         raise ExhaustedError(
             f"{where}: out of memory ({reason}); use more ranks or a larger train.accumulate, "
             "train.activation_checkpointing=true, or a smaller model or train.global_batch"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import config as configs
 from .arguments import Arguments, parse
 from .config import Config, TopologyConfig
-from .errors import NonFiniteError, UserError
+from .errors import HpcsyncError, NonFiniteError, UserError
 from .stopping import StoppedError, StopSignals
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ def train(
         _say(runtime, f"error: {error}")
         return 1
     except BaseException as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        observers.ended("failed", reason.splitlines()[0])
+        told = isinstance(error, HpcsyncError)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        observers.ended("failed", reason.partition("\n")[0])
         raise
     observers.ended("done", "")
     return 0

@@ -58,7 +58,10 @@ class Summary(Observer):
         if info is not None and info.rank == 0:
             with self._lock:
                 # A rank that failed takes the others with it by this same signal.
-                if _read(info.folder / "summary.json").get("status") != "failed":
+                known = _read(info.folder / "summary.json")
+                if known.get("status") == "failed":
+                    self._write(info, "failed", str(known.get("detail", "")))
+                else:
                     self._write(info, "interrupted", signal_name)
 
     def ended(self, status: str, detail: str) -> None:
