@@ -53,9 +53,7 @@ class Collectives:
         self.config = config
         self.topology = runtime.topology
         self.device = get("cpu")
-        self.progress = Progress(
-            int(config.credit_mb * _MIB), config.timeout_s, runtime.crowding
-        )
+        self.progress = Progress(int(config.credit_mb * _MIB), config.timeout_s, runtime.crowding)
         self._tags = 0
         self._comms: list[Intracomm] = []
         self._completions = Completions()
