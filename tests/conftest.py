@@ -74,7 +74,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, and say what it lacks."""
+    """Run the unit tests first; skip what this machine cannot run, and say what it lacks."""
+    items.sort(key=lambda item: HERE / "unit" not in item.path.parents)
     for item in items:
         for mark, lacks in LACKS.items():
             if item.get_closest_marker(mark) and (reason := lacks()):
