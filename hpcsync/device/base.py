@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,10 +60,8 @@ def dtype_of(kind: object) -> DType:
     """
     name = kind if isinstance(kind, str) else str(kind).removeprefix("torch.")
     if name not in _DTYPES:
-        try:
+        with contextlib.suppress(TypeError):
             name = np.dtype(kind).name  # type: ignore[call-overload]
-        except TypeError:
-            name = str(kind)
     if name not in _DTYPES:
         raise ValueError(f"dtype {name} cannot be reduced; use one of: {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -46,7 +46,11 @@ class Bucket:
     def holds(self, slot: int) -> bool:
         """Whether the parameter's gradient is the view of this bucket."""
         grad = self.params[slot].grad
-        return grad is not None and grad.data_ptr() == self.views[slot].data_ptr()
+        return (
+            grad is not None
+            and grad.layout is torch.strided
+            and grad.data_ptr() == self.views[slot].data_ptr()
+        )
 
     def adopt(self, slot: int) -> None:
         """Move a gradient that stands elsewhere into its view, and make the view the gradient.
@@ -57,7 +61,7 @@ class Bucket:
         grad = self.params[slot].grad
         assert grad is not None
         if not self.holds(slot):
-            self.views[slot].copy_(grad)
+            self.views[slot].copy_(grad if grad.layout is torch.strided else grad.to_dense())
             self.params[slot].grad = self.views[slot]
 
     def launch(self, used: Sequence[bool], priority: int) -> None:

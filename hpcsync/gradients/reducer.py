@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from ..collectives import Collectives
 from ..config import CommConfig
 from ..errors import ModelError
 from .bucket import Bucket
+from .checks import check_same, check_usable
+from .norms import total_norm
 from .plan import BucketPlan, Parameter, plan_buckets
 
 _MIB = 1 << 20
@@ -113,20 +115,20 @@ class Reducer:
         """Before a forward pass: take over parameters that joined, left or were (un)frozen, and
         once, after the first exchange, put the buckets into the order seen there.
         """
-        now = [id(param) for _, param in named if param.requires_grad]
-        if now != self._identity:
+        if _identity(param for _, param in named if param.requires_grad) != self._identity:
             self._adopt_parameters(named)
         elif self._sync and not self._ordered and self._ready:
             self._rebuild()
 
     def norm(self) -> Tensor:
-        """Global 2-norm of all gradients, float32 scalar; the same on every rank.
+        """Global 2-norm of all gradients, a float32 scalar (float64 if any gradient is); the same
+        on every rank.
 
         It is made of norms a parameter in the order of registration, so that it does not depend
         on the buckets.
         """
         grads = [param.grad for param in self._params if param.grad is not None]
-        return nn.utils.get_total_norm(grads)
+        return total_norm(grads)
 
     def finite(self) -> bool:
         """Whether no gradient holds NaN or Inf; the same on every rank."""
@@ -135,15 +137,11 @@ class Reducer:
     def _adopt_parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         wanted = [(name, param) for name, param in named if param.requires_grad]
         for name, param in wanted:
-            if param.device.type != "cpu":
-                raise ModelError(
-                    f"parameter {name} is on {param.device}; this version trains in host memory: "
-                    "move the model with model.cpu()"
-                )
+            check_usable(name, param)
         self._names = [name for name, _ in wanted]
         self._params = [param for _, param in wanted]
-        self._identity = [id(param) for param in self._params]
-        self._check_same()
+        self._identity = _identity(self._params)
+        check_same(self._collectives.runtime, wanted)
         while self._hooks:
             self._hooks.pop().remove()
         self._ordered = False
@@ -154,39 +152,21 @@ class Reducer:
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._hooks.append(handle)
 
-    def _check_same(self) -> None:
-        """All ranks must have the same parameters, or the exchange would mix them up."""
-        mine = [
-            f"{name} {tuple(param.shape)} {param.dtype}"
-            for name, param in zip(self._names, self._params, strict=True)
-        ]
-        runtime = self._collectives.runtime
-        reference = runtime.bcast(mine)
-        problem: ModelError | None = None
-        if mine != reference:
-            pairs = zip([*mine, "nothing"], [*reference, "nothing"], strict=False)
-            here, there = next(pair for pair in pairs if pair[0] != pair[1])
-            problem = ModelError(
-                f"the model's parameters differ between ranks: {here} here, {there} on rank 0; "
-                "build the same model on every rank"
-            )
-        runtime.agree(problem)
-
-    def _build(self, order: Sequence[int]) -> None:
+    def _plan(self, order: Sequence[int]) -> tuple[BucketPlan, ...]:
         described = [
             Parameter(name, param.numel(), str(param.dtype).removeprefix("torch."), param.itemsize)
             for name, param in zip(self._names, self._params, strict=True)
         ]
-        plans = plan_buckets(
+        return plan_buckets(
             described,
             order,
             int(self._config.bucket_mb * _MIB),
             int(self._config.first_bucket_mb * _MIB),
         )
-        if self._buckets and plans == self.buckets:
-            return
+
+    def _build(self, order: Sequence[int]) -> None:
         old, self._buckets = self._buckets, []
-        for plan in plans:
+        for plan in self._plan(order):
             bucket = Bucket(plan, self._params, self._collectives)
             self._buckets.append(bucket)
             for slot, param in enumerate(bucket.params):
@@ -206,7 +186,9 @@ class Reducer:
         self._ordered = True
         order: list[int] = self._collectives.runtime.bcast(self._ready)
         seen = set(order)
-        self._build(order + [index for index in range(len(self._params)) if index not in seen])
+        order += [index for index in range(len(self._params)) if index not in seen]
+        if self._plan(order) != self.buckets:
+            self._build(order)
 
     def _begin(self) -> None:
         """Forget the last exchange."""
@@ -271,10 +253,11 @@ class Reducer:
     def _fill_unused(self, bucket: Bucket) -> None:
         """Parameters without a gradient of this rank take part with zeros."""
         for slot, index in enumerate(bucket.plan.params):
-            if self._used[index]:
+            if self._came[index]:
                 continue
             if bucket.params[slot].grad is None:
                 bucket.views[slot].zero_()
+                self._used[index] = False  # it was, in a no_sync whose gradients were dropped
             else:  # left from before, or set by the user: it counts
                 bucket.adopt(slot)
                 self._used[index] = True
@@ -296,6 +279,10 @@ class Reducer:
             internode_bytes=sum(each.collective.internode_bytes for each in self._buckets),
             bytes=sum(plan.nbytes for plan in self.buckets),
         )
+
+
+def _identity(params: Iterable[nn.Parameter]) -> list[tuple[int, torch.dtype]]:
+    return [(id(param), param.dtype) for param in params]
 
 
 class _Hook:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..collectives import Collectives
 from ..config import CommConfig
+from ..gradients.checks import check_same
 from ..gradients.reducer import Reducer
 from ..launch import Runtime
 
@@ -45,6 +46,7 @@ class DataParallel(nn.Module):
         comm = comm or CommConfig()
         self.module = module
         self.broadcast_buffers = broadcast_buffers
+        check_same(runtime, [*module.named_parameters(), *module.named_buffers()])
         self.collectives = collectives or Collectives(runtime, comm)
         self.reducer = Reducer(list(module.named_parameters()), self.collectives, comm)
         with torch.no_grad():
@@ -55,7 +57,10 @@ class DataParallel(nn.Module):
         if torch.is_grad_enabled():
             self.reducer.prepare(list(self.module.named_parameters()))
             if self.training and self.broadcast_buffers and self.reducer.syncing:
-                broadcast_tensors(self.collectives.runtime, list(self.module.buffers()))
+                # Past autograd's eyes: a forward pass before this one may have saved buffers for
+                # the backward pass of both, as batch normalisation does without using them.
+                values = [buffer.data for buffer in self.module.buffers()]
+                broadcast_tensors(self.collectives.runtime, values)
         return self.module(*inputs, **keywords)
 
     def no_sync(self) -> AbstractContextManager[None]:
