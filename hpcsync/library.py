@@ -29,6 +29,7 @@ from . import config as configuration
 from . import launch
 from .collectives import Collectives
 from .collectives.eager import Eager
+from .device import dtype_of
 from .errors import LaunchError
 from .parallel import data_parallel
 
@@ -82,7 +83,8 @@ def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
 
 
 def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    launch.fail(error)
+    # From here this is the one way to set the status of the process.
+    raise SystemExit(launch.fail(error))
 
 
 def is_initialized() -> bool:
@@ -183,7 +185,7 @@ def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
             float64 or integers, in host memory.
 
     Raises:
-        ValueError: a dtype that cannot be reduced, or the average of integers.
+        ValueError: a dtype that cannot be reduced, the average of integers, or another ``op``.
     """
     return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op)
 
@@ -191,15 +193,19 @@ def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
 def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
     """``allreduce`` in place; the tensor must be contiguous."""
     session = _current()
+    if not isinstance(op, Op):
+        raise ValueError(f"allreduce: op={op!r} is none of Average, Sum, Min, Max of hpcsync")
+    name = dtype_of(tensor.dtype).name
+    data = _bytes(tensor)
+    if op is Op.AVERAGE and not tensor.is_floating_point():
+        raise ValueError(f"allreduce: the average of {name} is not whole; use op=hpcsync.Sum")
     if op in (Op.AVERAGE, Op.SUM):
-        if op is Op.AVERAGE and not tensor.is_floating_point():
-            raise ValueError(f"allreduce: the average of {tensor.dtype} is not whole; use op=Sum")
-        name = str(tensor.dtype).removeprefix("torch.")
-        session.eager.allreduce(_bytes(tensor), name, average=op is Op.AVERAGE)
+        session.eager.allreduce(data, name, average=op is Op.AVERAGE)
         return tensor
-    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-    session.runtime.allreduce_array(wide.detach().flatten().numpy(), op.value)
-    return tensor if wide is tensor else tensor.copy_(wide)
+    with torch.no_grad():
+        wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        session.runtime.allreduce_array(wide.detach().flatten().numpy(), op.value)
+        return tensor if wide is tensor else tensor.copy_(wide)
 
 
 def _bytes(tensor: Tensor) -> Any:
