@@ -316,6 +316,8 @@ def guard(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):  # as Python itself would
+            print(stop.code, file=sys.stderr)
     except BaseException as error:  # whatever it is, it must end every rank
         status = fail(error)
     sys.stdout.flush()
