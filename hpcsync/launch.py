@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 1 << 30  # classic MPI counts have 31 bits
 _MOST_SLEEP_S = 1e-3
+_TURN_S = 0.25  # longer than it takes to speak and to end the job
 _KINDS: tuple[type[UserError], ...] = (ConfigError, DataError, ModelError, LaunchError)
 _TAG_FIX = "see `python -m mpi4py --mpi-library`"
 
@@ -337,7 +338,7 @@ def fail(error: BaseException) -> int:
             _tell(error, "")
         return status
     if size > 1:
-        time.sleep(min(rank, 20) * 0.05)
+        time.sleep(min(rank, 12) * _TURN_S)
     _tell(error, f"rank {rank} on {socket.gethostname()}: " if size > 1 else "")
     if size > 1:
         abort(status)
