@@ -27,7 +27,12 @@ RAIL_ALGORITHMS = ("auto", "direct", "ring", "halving", "doubling", "native")
 class RunConfig:
     """The run: its seed and folder."""
 
-    seed: int = key(0, "Seed of the weights, of the order of the data and of dropout.", minimum=0)
+    seed: int = key(
+        0,
+        "Seed of the weights, of the order of the data and of dropout.",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
     name: str = key(
         "", "Name of the run's folder. Empty: made from the name of the deck and the time."
     )
@@ -157,8 +162,8 @@ class CommConfig:
 
     bucket_mb: float = key(
         25.0,
-        "Size of a bucket in MiB. Gradients are exchanged a bucket at a time: small buckets "
-        "start sooner, large ones use the network better.",
+        "Most MiB of a bucket. Gradients are exchanged a bucket at a time: small buckets start "
+        "sooner, large ones use the network better. A small model is cut into about 8.",
         above=0,
     )
     first_bucket_mb: float = key(

@@ -8,14 +8,14 @@ world  all ranks                mpi_host, for the flat algorithms
 from __future__ import annotations
 
 import itertools
-import math
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .. import schedules
 from ..config import CommConfig
-from ..device import DType, get
+from ..device import DType, dtype_of, get
 from ..errors import UserError
 from ..launch import Runtime
 from ..schedules.base import Kind, Schedule
@@ -23,6 +23,7 @@ from ..schedules.hierarchical import compose
 from ..transports.base import Buffer, Region, Transport, private_buffer, sent_bytes
 from ..transports.mpi_host import Completions, MpiHost
 from ..transports.shared_memory import SharedMemory, SharedMemoryError
+from . import choice
 from .collective import Collective, Stage
 from .progress import Progress
 
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 _MIB = 1 << 20
-_SPARE_SLOTS = 64
-_ONE_NODE_SEGMENTS = 8
-# What the choice of a rail algorithm takes a network to be: 10 Gbit/s, 30 us a message.
-_LINK = schedules.Link(alpha_s=30e-6, beta_s_per_byte=8e-10, gamma_s_per_byte=1e-10)
+_SPARE_SLOTS = 256
 _STAGES = 3  # programs a segment at most
 
 
@@ -62,36 +60,47 @@ class Collectives:
         self.rail = self._mpi(self.topology.rail(runtime.rank))
         self.shared: SharedMemory | None = None
         if config.node_transport != "mpi_host":
-            self.shared = SharedMemory(self.node.comm, self.node.ranks, self.device)
+            self.shared = SharedMemory(self.node.comm, self.node.ranks, self.device, runtime.wait)
+        self._bound: weakref.WeakSet[Collective] = weakref.WeakSet()
+        # One rank a node has nobody to share memory with; flat algorithms go by messages only.
+        self._by_levels = self.topology.node_count < runtime.size and choice.by_levels(
+            config, self.topology, dtype_of("float32")
+        )
         runtime.on_close(self.close)
 
     def close(self) -> None:
-        """Stop the progress thread and free the communicators."""
+        """Stop the progress thread; free what is bound, and the communicators."""
         self.progress.close()
+        for collective in list(self._bound):
+            collective.close()
         while self._comms:
             self._comms.pop().Free()
 
     def describe_transports(self) -> dict[str, str]:
-        """The transport of each level that the job has, by level."""
+        """The transport of each level that gradients go through, by level."""
         levels: dict[str, str] = {}
-        if self.node.size > 1:
+        if self.runtime.size > 1 and not self._by_levels:
+            return {"world": "mpi_host"}
+        if max(len(ranks) for ranks in self.topology.nodes) > 1:
             levels["node"] = "shared_memory" if self.shared else "mpi_host"
         if self.topology.node_count > 1:
             levels["rail"] = "mpi_host"
         return levels
 
-    def buffer(self, nbytes: int, bindings: int = 1) -> Buffer:
+    def buffer(self, nbytes: int, bindings: int = 1, pieces: int = 1) -> Buffer:
         """Zeroed memory of ``nbytes`` bytes, shared by the ranks of each node where it can be.
 
         Args:
-            bindings: how many allreduces of the whole will be bound to it.
+            bindings: how many allreduces of the whole will be bound to it at once.
+            pieces: in how many parts each of them comes (a bucket each, say).
 
         Raises:
             UserError: ``comm.node_transport = "shared_memory"`` and there is no room.
         """
-        if self.shared is None or self.topology.node_count == self.runtime.size:
+        if self.shared is None or not self._by_levels:
             return private_buffer(nbytes)
-        slots = _STAGES * self._segment_count(nbytes) * bindings + _SPARE_SLOTS
+        segments = choice.segments(self.config, self.topology, nbytes) + pieces - 1
+        slots = _STAGES * segments * bindings + _SPARE_SLOTS
         buffer: Buffer | None = None
         problem = ""
         try:
@@ -136,42 +145,21 @@ class Collectives:
         """
         if count is None:
             count = (buffer.nbytes - offset) // dtype.itemsize
-        name = self.resolve(algorithm or self.config.algorithm, dtype)
+        name = choice.resolve(self.config, self.topology, dtype, algorithm)
         collective = Collective(self.progress, label, count * dtype.itemsize, name)
         divisor = self.runtime.size if average else 1
         whole = Region(buffer, offset, count, dtype)
-        pieces = 1 if name == "native" else self._segment_count(whole.nbytes)
+        pieces = choice.segments(self.config, self.topology, whole.nbytes)
+        if name == "native":
+            pieces = 1
         bounds = schedules.chunk_bounds(count, pieces, max(1, 64 // dtype.itemsize))
         for start, stop in itertools.pairwise(bounds):
             region = whole.part(start, stop)
             # Ranks of uneven nodes have different stages, but a stage has one tag on all of them.
             self._tags += _STAGES
             collective.add_segment(region.nbytes, self._stages(name, region, divisor))
+        self._bound.add(collective)
         return collective
-
-    def resolve(self, algorithm: str, dtype: DType) -> str:
-        """The algorithm that ``auto`` stands for; what cannot serve falls back to it.
-
-        ``reproducible`` asks for sums in global rank order, which one owner an element makes.
-        """
-        one_node = self.topology.node_count == 1
-        if self.config.reproducible:
-            return "direct"
-        if algorithm == "native" and dtype.storage != dtype.accumulate:
-            algorithm = "auto"  # MPI would add low precision in low precision, if at all
-        if algorithm in ("auto", "hierarchical"):
-            return "direct" if one_node else "hierarchical"
-        return algorithm
-
-    def _segment_count(self, nbytes: int) -> int:
-        """Pieces that a buffer is cut into: the memory work of one hides another's network time.
-
-        Without a network there is nothing to hide, and fewer pieces cost less.
-        """
-        size = self.config.segment_mb * _MIB
-        if self.topology.node_count == 1:
-            size *= _ONE_NODE_SEGMENTS
-        return max(1, math.ceil(nbytes / size))
 
     def _stages(self, name: str, region: Region, divisor: int) -> list[Stage]:
         if self.runtime.size == 1:
@@ -193,7 +181,7 @@ class Collectives:
         shards = schedules.chunk_bounds(region.count, topology.rails, align)
         local = min(topology.local_rank(rank), topology.rails - 1)
         shard = region.part(shards[local], shards[local + 1])
-        rail = self._rail_algorithm(shard)
+        rail = choice.rail_algorithm(self.config, topology.node_count, shard.nbytes, region.dtype)
         # Low precision is rounded between levels: part of the division comes before that, since
         # the node's sum could overflow.
         narrow = region.dtype.storage != region.dtype.accumulate
@@ -210,14 +198,6 @@ class Collectives:
                 inner = 1 if after else early
                 stages.append(self._stage("node", node, every, region, inner, released=after))
         return stages
-
-    def _rail_algorithm(self, shard: Region) -> str:
-        name = self.config.rail_algorithm
-        if name == "native" and shard.dtype.storage != shard.dtype.accumulate:
-            name = "auto"
-        if name == "auto":
-            return schedules.choose(shard.nbytes, self.topology.node_count, _LINK)
-        return name
 
     def _stage(
         self,

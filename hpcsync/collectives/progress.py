@@ -29,13 +29,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from ..errors import CollectiveTimeout
+from ..errors import CollectiveTimeout, HpcsyncError
 from ..transports.base import Wait
 
-LEAST_SLEEP_S = 40e-6
-MOST_SLEEP_S = 500e-6
-_SLEEP_SHARE = 0.25  # of the time that nothing has moved
-_STARVED_S = 2e-3  # without movement: the window opens by one collective
+LEAST_SLEEP_S = 60e-6
+MOST_SLEEP_S = 1e-3
+_SLEEP_SHARE = 0.4  # of the time that nothing has moved
+_STARVED_S = 2e-3  # without movement: the window opens
 _PR_SET_TIMERSLACK = 29
 
 
@@ -93,6 +93,7 @@ class Progress:
         self._active: list[_Active] = []
         self._order = itertools.count()
         self._wake = threading.Condition()
+        self._opening = 1  # jobs that a starved rank admits; doubles while nothing else moves
         self._asleep = False
         self._stopping = False
         self._error: BaseException | None = None
@@ -101,7 +102,14 @@ class Progress:
         self.cpu_s = 0.0
 
     def submit(self, jobs: list[Job]) -> None:
-        """Hand jobs over; they start in order of (priority, submission)."""
+        """Hand jobs over; they start in order of (priority, submission).
+
+        Raises:
+            HpcsyncError: communication was closed.
+            Exception: what ended it before.
+        """
+        if self._error is not None:
+            raise self._error
         with self._wake:
             self._incoming.extend(jobs)
             if self._thread is None:
@@ -131,12 +139,15 @@ class Progress:
             self._done.notify_all()
 
     def close(self) -> None:
-        """Stop the thread; jobs under way are dropped."""
+        """Stop the thread; jobs under way are dropped, and whoever waits for one is told."""
+        if self._error is None:
+            self._error = HpcsyncError("communication is closed; no collective can run any more")
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+        self.notify()
 
     def _main(self) -> None:
         # A sleep of 20 us would take 70 with the default timer slack.
@@ -156,7 +167,10 @@ class Progress:
                 moved_at = time.perf_counter()
                 continue
             idle = time.perf_counter() - moved_at
-            if self._admit(starved=idle > _STARVED_S) | self._sweep():
+            starved = idle > _STARVED_S
+            if self._admit(starved=starved) | self._sweep():
+                if not starved:
+                    self._opening = 1
                 moved_at = time.perf_counter()
                 continue
             if self._timeout and idle > self._timeout:
@@ -179,17 +193,18 @@ class Progress:
         if not self._pending:
             return False
         in_flight = sum(each.job.nbytes for each in self._active)
-        admitted = False
-        while self._pending and (
-            in_flight < self._credit or not self._active or (starved and not admitted)
-        ):
+        extra = self._opening if starved else 0
+        admitted = 0
+        while self._pending and (in_flight < self._credit or not self._active or admitted < extra):
             priority, order, job = heapq.heappop(self._pending)
             in_flight += job.nbytes
             self._active.append(_Active(job, (priority, order)))
-            admitted = True
+            admitted += 1
         if admitted:
             self._active.sort(key=lambda each: each.order)
-        return admitted
+        if extra and admitted:
+            self._opening *= 2
+        return admitted > 0
 
     def _sweep(self) -> bool:
         """Ask every active job once; True if any moved."""

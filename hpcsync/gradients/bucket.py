@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..collectives import Collectives
 from ..device import dtype_of
+from ..transports.base import Buffer
 from .plan import BucketPlan
 
 
@@ -23,24 +25,35 @@ class Bucket:
     """
 
     def __init__(
-        self, plan: BucketPlan, params: Sequence[nn.Parameter], collectives: Collectives
+        self,
+        plan: BucketPlan,
+        params: Sequence[nn.Parameter],
+        collectives: Collectives,
+        arena: Buffer,
+        offset: int,
     ) -> None:
+        """Lay the bucket out from byte ``offset`` of ``arena`` on; the same calls on all ranks."""
         self.plan = plan
         self.params = [params[index] for index in plan.params]
         self.pending = len(self.params)
         self.launched = False
         self._alone = collectives.runtime.size == 1
-        buffer = collectives.buffer(plan.nbytes)
-        self._flat = torch.from_numpy(buffer.own).view(getattr(torch, plan.dtype))
+        memory = arena.own[offset : offset + plan.nbytes]
+        self._flat = torch.from_numpy(memory).view(getattr(torch, plan.dtype))
         self.views = [
-            self._flat[offset : offset + param.numel()].as_strided(
-                param.size(), _strides(param), storage_offset=offset
+            self._flat[start : start + param.numel()].as_strided(
+                param.size(), _strides(param), storage_offset=start + self._flat.storage_offset()
             )
-            for param, offset in zip(self.params, plan.offsets, strict=True)
+            for param, start in zip(self.params, plan.offsets, strict=True)
         ]
         self._used = self._flat[plan.used_offset :]
         self.collective = collectives.allreduce(
-            buffer, dtype_of(plan.dtype), average=True, label=f"bucket {plan.index}"
+            arena,
+            dtype_of(plan.dtype),
+            count=plan.numel,
+            offset=offset,
+            average=True,
+            label=f"bucket {plan.index}",
         )
 
     def holds(self, slot: int) -> bool:
@@ -64,12 +77,19 @@ class Bucket:
             self.views[slot].copy_(grad if grad.layout is torch.strided else grad.to_dense())
             self.params[slot].grad = self.views[slot]
 
-    def launch(self, used: Sequence[bool], priority: int) -> None:
-        """Start the exchange; ``used`` says for each parameter whether this rank has a gradient."""
+    def launch(self, used: Sequence[bool], priority: int, *, failed: bool = False) -> None:
+        """Start the exchange.
+
+        Args:
+            used: for each parameter, whether this rank has a gradient.
+            failed: tell the other ranks that this one has none to give.
+        """
         self.launched = True
         if self._alone:
             return
-        if all(used):
+        if failed:
+            self._used.fill_(math.nan)
+        elif all(used):
             self._used.fill_(1)
         else:
             self._used.copy_(torch.tensor(used, dtype=self._used.dtype))
@@ -78,6 +98,10 @@ class Bucket:
     def used_anywhere(self, slot: int) -> bool:
         """After the exchange: whether any rank had a gradient of the parameter."""
         return bool(self._used[slot] > 0)
+
+    def failed_anywhere(self) -> bool:
+        """After the exchange: whether a rank had to give up in its backward pass."""
+        return not self._alone and bool(torch.isnan(self._used[0]))
 
     def reset(self) -> None:
         """Be ready for the next backward pass."""

@@ -15,19 +15,14 @@ def check_same(runtime: Runtime, named: Sequence[tuple[str, Tensor]]) -> None:
     """All ranks must have the same tensors, or an exchange would mix them up; collective.
 
     Raises:
-        ModelError: on every rank, if names, shapes, dtypes or their order differ on any, or a
-            lazy module has not made its parameters yet.
+        ModelError: on every rank, if names, shapes, dtypes or their order differ on any, if a
+            lazy module has not made its parameters yet, or if a gradient could not be exchanged.
     """
-    for name, each in named:
-        if nn.parameter.is_lazy(each):
-            raise ModelError(f"{name} has no shape yet; pass a batch through the model first")
-    mine = [
-        f"{name} {tuple(each.shape)} {each.dtype}{'' if each.requires_grad else ' (no gradient)'}"
-        for name, each in named
-    ]
+    # A rank that finds a fault of its own goes on to where all ranks meet.
+    problem = next((fault for name, each in named if (fault := _fault(name, each))), None)
+    mine = [_describe(name, each) for name, each in named]
     reference = runtime.bcast(mine)
-    problem: ModelError | None = None
-    if mine != reference:
+    if problem is None and mine != reference:
         pairs = zip([*mine, "nothing"], [*reference, "nothing"], strict=False)
         here, there = next(pair for pair in pairs if pair[0] != pair[1])
         problem = ModelError(
@@ -37,18 +32,24 @@ def check_same(runtime: Runtime, named: Sequence[tuple[str, Tensor]]) -> None:
     runtime.agree(problem)
 
 
-def check_usable(name: str, param: nn.Parameter) -> None:
-    """Gradients of the parameter must be in host memory and of a dtype that can be added.
+def _describe(name: str, each: Tensor) -> str:
+    shape = "lazy" if nn.parameter.is_lazy(each) else tuple(each.shape)
+    return f"{name} {shape} {each.dtype}{'' if each.requires_grad else ' (no gradient)'}"
 
-    Raises:
-        ModelError: they are not.
-    """
-    if param.device.type != "cpu":
-        raise ModelError(
-            f"parameter {name} is on {param.device}; this version trains in host memory: "
+
+def _fault(name: str, each: Tensor) -> ModelError | None:
+    """Why the tensor's gradient cannot be exchanged, if it is to have one."""
+    if nn.parameter.is_lazy(each):
+        return ModelError(f"{name} has no shape yet; pass a batch through the model first")
+    if not each.requires_grad:
+        return None
+    if each.device.type != "cpu":
+        return ModelError(
+            f"parameter {name} is on {each.device}; this version trains in host memory: "
             "move the model with model.cpu()"
         )
     try:
-        dtype_of(param.dtype)
+        dtype_of(each.dtype)
     except ValueError as error:
-        raise ModelError(f"parameter {name}: {error}") from None
+        return ModelError(f"parameter {name}: {error}")
+    return None

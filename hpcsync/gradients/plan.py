@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_FEWEST_BUCKETS = 8
 _ALIGN = 64  # bytes; a parameter's gradient starts on a cache line
 
 
@@ -63,9 +64,12 @@ def plan_buckets(
     Args:
         params: all parameters.
         order: indices of ``params``, each once, first ready first.
-        cap_bytes: a bucket is closed when it holds at least this much.
+        cap_bytes: a bucket is closed when it holds at least this much. A small model gets smaller
+            buckets, about ``_FEWEST_BUCKETS``, or nothing would be left to hide behind.
         first_bytes: the same for the first bucket of each dtype.
     """
+    total = sum(param.numel * param.itemsize for param in params)
+    cap_bytes = min(cap_bytes, max(total // _FEWEST_BUCKETS, first_bytes))
     assert sorted(order) == list(range(len(params))), "every parameter stands in the order once"
     open_buckets: dict[str, list[int]] = {}
     filled: dict[str, int] = {}
@@ -103,4 +107,22 @@ def _lay_out(number: int, group: Sequence[int], params: Sequence[Parameter]) -> 
         offsets=tuple(offsets),
         used_offset=end,
         numel=end + len(group),
+    )
+
+
+def place_buckets(plans: Sequence[BucketPlan]) -> tuple[tuple[int, ...], int]:
+    """Where each bucket starts in one arena of them all, in bytes, and the arena's size."""
+    starts: list[int] = []
+    end = 0
+    for plan in plans:
+        starts.append(end)
+        end = -(-(end + plan.nbytes) // _ALIGN) * _ALIGN
+    return tuple(starts), end
+
+
+def arena_bytes(params: Sequence[Parameter]) -> int:
+    """Bytes that hold the buckets of ``params`` in any order: gradients, flags and gaps."""
+    return sum(
+        -(-param.numel * param.itemsize // _ALIGN) * _ALIGN + param.itemsize + 2 * _ALIGN
+        for param in params
     )

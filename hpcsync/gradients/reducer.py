@@ -16,37 +16,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives import Collectives
 from ..config import CommConfig
-from ..errors import ModelError
+from ..errors import HpcsyncError, ModelError
 from .bucket import Bucket
-from .checks import check_same, check_usable
+from .checks import check_same
 from .norms import total_norm
-from .plan import BucketPlan, Parameter, plan_buckets
+from .plan import BucketPlan, Parameter, arena_bytes, place_buckets, plan_buckets
+from .stats import StepComm, step_comm
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class StepComm:
-    """Communication of one backward pass on this rank.
-
-    Attributes:
-        comm_ms: time in which at least one bucket was being exchanged.
-        exposed_comm_ms: time that the end of the backward pass waited for it.
-        internode_bytes: sent by this rank to other nodes.
-        bytes: of gradients, once.
-    """
-
-    comm_ms: float = 0.0
-    exposed_comm_ms: float = 0.0
-    internode_bytes: int = 0
-    bytes: int = 0
 
 
 class Reducer:
@@ -72,6 +55,8 @@ class Reducer:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._buckets: list[Bucket] = []
         self._sync = True
+        self._callback = False
+        self._seen_order: list[int] = []
         self.stats = StepComm()
         self._adopt_parameters(named)
 
@@ -115,10 +100,21 @@ class Reducer:
         """Before a forward pass: take over parameters that joined, left or were (un)frozen, and
         once, after the first exchange, put the buckets into the order seen there.
         """
+        if self._callback:
+            self._abandon()
         if _identity(param for _, param in named if param.requires_grad) != self._identity:
             self._adopt_parameters(named)
-        elif self._sync and not self._ordered and self._ready:
-            self._rebuild()
+        elif self._seen_order:
+            order, self._seen_order = self._seen_order, []
+            if self._plan(order) != self.buckets:
+                self._build(order)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters and free the collectives; gradients stay local."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        for bucket in self._buckets:
+            bucket.collective.close()
 
     def norm(self) -> Tensor:
         """Global 2-norm of all gradients, a float32 scalar (float64 if any gradient is); the same
@@ -136,8 +132,6 @@ class Reducer:
 
     def _adopt_parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         wanted = [(name, param) for name, param in named if param.requires_grad]
-        for name, param in wanted:
-            check_usable(name, param)
         self._names = [name for name, _ in wanted]
         self._params = [param for _, param in wanted]
         self._identity = _identity(self._params)
@@ -146,6 +140,18 @@ class Reducer:
             self._hooks.pop().remove()
         self._ordered = False
         self._ready: list[int] = []
+        self._seen_order = []
+        self._described = [
+            Parameter(name, param.numel(), str(param.dtype).removeprefix("torch."), param.itemsize)
+            for name, param in wanted
+        ]
+        for bucket in self._buckets:
+            bucket.collective.close()
+        # Gradients of before keep the old arena alive until they are moved or dropped.
+        self._buckets = []
+        self._arena = self._collectives.buffer(
+            max(arena_bytes(self._described), 1), pieces=len(wanted)
+        )
         self._build(range(len(wanted) - 1, -1, -1))
         for index, param in enumerate(self._params):
             hook = _Hook(self, index)
@@ -153,42 +159,37 @@ class Reducer:
             self._hooks.append(handle)
 
     def _plan(self, order: Sequence[int]) -> tuple[BucketPlan, ...]:
-        described = [
-            Parameter(name, param.numel(), str(param.dtype).removeprefix("torch."), param.itemsize)
-            for name, param in zip(self._names, self._params, strict=True)
-        ]
         return plan_buckets(
-            described,
+            self._described,
             order,
             int(self._config.bucket_mb * _MIB),
             int(self._config.first_bucket_mb * _MIB),
         )
 
     def _build(self, order: Sequence[int]) -> None:
-        old, self._buckets = self._buckets, []
-        for plan in self._plan(order):
-            bucket = Bucket(plan, self._params, self._collectives)
-            self._buckets.append(bucket)
-            for slot, param in enumerate(bucket.params):
-                if param.grad is not None:
-                    bucket.adopt(slot)
-        for bucket in old:
+        """Lay the buckets out anew, in the arena that is there: nothing more is taken."""
+        plans = self._plan(order)
+        starts, size = place_buckets(plans)
+        assert size <= self._arena.nbytes
+        # Gradients of before stand where others will.
+        held = [None if param.grad is None else param.grad.clone() for param in self._params]
+        for bucket in self._buckets:
             bucket.collective.close()
+        self._buckets = [
+            Bucket(plan, self._params, self._collectives, self._arena, start)
+            for plan, start in zip(plans, starts, strict=True)
+        ]
         self._place = {
             index: (bucket, slot)
             for bucket in self._buckets
             for slot, index in enumerate(bucket.plan.params)
         }
+        for index, grad in enumerate(held):
+            if grad is not None:
+                bucket, slot = self._place[index]
+                self._params[index].grad = grad
+                bucket.adopt(slot)
         self._begin()
-
-    def _rebuild(self) -> None:
-        """Put the buckets into the order in which rank 0's gradients became ready."""
-        self._ordered = True
-        order: list[int] = self._collectives.runtime.bcast(self._ready)
-        seen = set(order)
-        order += [index for index in range(len(self._params)) if index not in seen]
-        if self._plan(order) != self.buckets:
-            self._build(order)
 
     def _begin(self) -> None:
         """Forget the last exchange."""
@@ -232,7 +233,11 @@ class Reducer:
         bucket.launch(used, priority)
 
     def _finish(self) -> None:
-        """The backward pass has ended: start what is left and wait for everything."""
+        """The backward pass has ended: start what is left and wait for everything.
+
+        Raises:
+            HpcsyncError: another rank's backward pass failed, so there is no mean.
+        """
         with torch.no_grad():
             for bucket in self._buckets:
                 if not bucket.launched:
@@ -241,13 +246,45 @@ class Reducer:
             began = time.perf_counter()
             for bucket in self._buckets:
                 bucket.collective.wait()
-            self._record(time.perf_counter() - began)
+            waited = time.perf_counter() - began
+            self.stats = step_comm([bucket.collective for bucket in self._buckets], waited)
+            failed = any(bucket.failed_anywhere() for bucket in self._buckets)
             for index, used in enumerate(self._used):
                 bucket, slot = self._place[index]
                 if not used and self._collectives.runtime.size > 1 and bucket.used_anywhere(slot):
                     self._params[index].grad = bucket.views[slot]
         if not self._ordered:
-            self._ready = list(dict.fromkeys(self._ready))
+            self._agree_on_order()
+        self._begin()
+        if failed:
+            raise HpcsyncError(
+                "the backward pass of another rank raised an exception and was given up there; "
+                "the gradients of this step are not a mean over all ranks"
+            )
+
+    def _agree_on_order(self) -> None:
+        """Take the order in which rank 0's gradients became ready, from the next step on."""
+        self._ordered = True
+        order: list[int] = self._collectives.runtime.bcast(list(dict.fromkeys(self._ready)))
+        seen = set(order)
+        self._seen_order = order + [
+            index for index in range(len(self._params)) if index not in seen
+        ]
+
+    def _abandon(self) -> None:
+        """The last backward pass ended in an exception that somebody caught.
+
+        Other ranks wait for what this one did not start. It starts that, marked as void, so that
+        they can go on, or tell.
+        """
+        with torch.no_grad():
+            for bucket in self._buckets:
+                if not bucket.launched:
+                    bucket.launch([False] * len(bucket.params), 0, failed=True)
+            for bucket in self._buckets:
+                bucket.collective.wait()
+        for param in self._params:
+            param.grad = None
         self._begin()
 
     def _fill_unused(self, bucket: Bucket) -> None:
@@ -261,24 +298,6 @@ class Reducer:
             else:  # left from before, or set by the user: it counts
                 bucket.adopt(slot)
                 self._used[index] = True
-
-    def _record(self, exposed_s: float) -> None:
-        if self._collectives.runtime.size == 1:
-            return
-        busy = 0.0
-        end = 0.0
-        spans = sorted(
-            (bucket.collective.started_s, bucket.collective.finished_s) for bucket in self._buckets
-        )
-        for start, stop in spans:
-            busy += max(0.0, stop - max(start, end))
-            end = max(end, stop)
-        self.stats = StepComm(
-            comm_ms=busy * 1e3,
-            exposed_comm_ms=exposed_s * 1e3,
-            internode_bytes=sum(each.collective.internode_bytes for each in self._buckets),
-            bytes=sum(plan.nbytes for plan in self.buckets),
-        )
 
 
 def _identity(params: Iterable[nn.Parameter]) -> list[tuple[int, torch.dtype]]:

@@ -27,7 +27,7 @@ class DataParallel(nn.Module):
         comm: how to exchange; the defaults of the deck if not given.
         collectives: to share one with others; made if not given.
         broadcast_buffers: set buffers (running means, say) to rank 0's before each forward pass
-            in training.
+            in training; broadcast them before a rank's own evaluation.
 
     Raises:
         ModelError: the ranks' modules differ, or a parameter is not in host memory.
@@ -54,7 +54,7 @@ class DataParallel(nn.Module):
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The module's own forward pass."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and "reducer" in self.__dict__:
             self.reducer.prepare(list(self.module.named_parameters()))
             if self.training and self.broadcast_buffers and self.reducer.syncing:
                 # Past autograd's eyes: a forward pass before this one may have saved buffers for
@@ -62,6 +62,18 @@ class DataParallel(nn.Module):
                 values = [buffer.data for buffer in self.module.buffers()]
                 broadcast_tensors(self.collectives.runtime, values)
         return self.module(*inputs, **keywords)
+
+    def close(self) -> None:
+        """Stop averaging; the module goes on as it is, on this rank alone."""
+        self.reducer.close()
+        del self.reducer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and ``torch.save``: a copy has the module, but averages nothing."""
+        state = self.__dict__.copy()
+        state.pop("reducer", None)
+        state.pop("collectives", None)
+        return state
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backward passes in this context only add up; the next one outside exchanges the sum.

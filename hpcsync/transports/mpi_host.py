@@ -261,8 +261,13 @@ class _Native(Program):
 
     def run(self) -> Iterator[Wait]:
         mpi, array = self._transport.mpi, self._region.array
-        request = self._comm.Iallreduce(mpi.IN_PLACE, array, mpi.SUM)
-        yield _Arrived([request], 0, self)
+        width = self._transport.piece_bytes // self._region.dtype.itemsize
+        requests = [
+            self._comm.Iallreduce(mpi.IN_PLACE, array[start : start + width], mpi.SUM)
+            for start in range(0, array.shape[0], width)
+        ]
+        if requests:
+            yield _Arrived(requests, 0, self)
         if self._divisor != 1:
             self._transport.device.reduce([array], [array], self._region.dtype, self._divisor)
 

@@ -1,7 +1,7 @@
 """Ranks of one node read and write each other's memory; nothing is sent.
 
 Every rank puts its buffer into a POSIX shared-memory file (mode 0600) which all ranks of the
-node map and which is unlinked as soon as they have: a killed job leaves nothing behind.
+node map and which has no name any more once they have: a killed job leaves nothing behind.
 
 Two counters a rank and program order the accesses. ``entered`` says that the rank has reached
 a step: what it offers there is final, and what it will receive may be written. ``left`` says
@@ -21,13 +21,15 @@ fence from a lock's release and acquire.
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import platform
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -38,12 +40,13 @@ from ..schedules.base import Action, Kind, Schedule, Step
 from .base import Buffer, Program, Region, Transport, Wait, chunk_offsets, final_sum
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm, Request
 
 FOLDER = "/dev/shm"
 PREFIX = "hpcsync-"
 _LINE = 8  # words of 8 bytes a counter pair: a cache line, so that ranks do not share one
 _STRIDE = 1 << 20  # steps a run may have; runs are told apart by multiples of it
+_TEXT = 256  # bytes of a message while setting up
 _ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
 
 
@@ -56,13 +59,14 @@ class SharedBuffer(Buffer):
 
     Attributes:
         words: the counters of each rank, as 64-bit words.
+        runs: how often each pair of counters has been used, the same on every rank.
     """
 
     def __init__(self, maps: Sequence[mmap.mmap], rank: int, header: int, nbytes: int) -> None:
         self._peers = [np.frombuffer(each, np.uint8, nbytes, header) for each in maps]
         self.words = [memoryview(each)[:header].cast("Q") for each in maps]
-        self.slots = header // (8 * _LINE)
-        self.used = 0
+        self.runs = [0] * (header // (8 * _LINE))
+        self._free = list(reversed(range(len(self.runs))))
         super().__init__(self._peers[rank])
 
     @property
@@ -73,10 +77,24 @@ class SharedBuffer(Buffer):
         return self._peers[index]
 
     def take_slot(self) -> int:
-        """The next free pair of counters; the order of calls is the same on all ranks."""
-        assert self.used < self.slots, "more programs than the buffer has counters for"
-        self.used += 1
-        return self.used - 1
+        """A free pair of counters; calls come in the same order on all ranks.
+
+        Raises:
+            HpcsyncError: all are taken; ``Collectives.buffer`` was told of too few bindings.
+        """
+        if not self._free:
+            raise HpcsyncError(
+                f"a shared buffer has counters for {len(self.runs)} programs, and all are in use; "
+                "close collectives that are not needed, or make it for more bindings"
+            )
+        return self._free.pop()
+
+    def give_slot(self, slot: int) -> None:
+        """Take back the counters of a program that will not run again.
+
+        Their values stay, and so does the number of runs: the next program counts on from it.
+        """
+        self._free.append(slot)
 
 
 class SharedMemory(Transport):
@@ -88,9 +106,16 @@ class SharedMemory(Transport):
 
     name = "shared_memory"
 
-    def __init__(self, comm: Intracomm, ranks: Sequence[int], device: Device) -> None:
+    def __init__(
+        self,
+        comm: Intracomm,
+        ranks: Sequence[int],
+        device: Device,
+        wait: Callable[[Request], None] | None = None,
+    ) -> None:
         super().__init__(ranks, comm.Get_rank(), device)
         self._comm = comm
+        self._wait = wait or _wait
         self._fence = threading.Lock()
 
     def allocate(self, nbytes: int, slots: int) -> SharedBuffer:
@@ -102,43 +127,68 @@ class SharedMemory(Transport):
         """
         header = -(-slots * _LINE * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
         total = header + max(nbytes, 1)
-        name = f"{FOLDER}/{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        problem: str | None = None
-        try:
-            self._create(name, total)
-        except OSError as error:
-            problem = f"{FOLDER}: {os.strerror(error.errno or errno.EIO)} for {total >> 20} MiB"
-        try:
-            names: list[tuple[str, str | None]] = self._comm.allgather((name, problem))
-            faults = [fault for _, fault in names if fault]
-            maps = [] if faults else [self._map(path, total) for path, _ in names]
-            self._comm.Barrier()
-        finally:
-            if problem is None:
-                os.unlink(name)
-        if faults:
-            raise SharedMemoryError(faults[0])
+        # All are there before anything is made: a rank that is gone leaves no file behind.
+        self._gather("")
+        maps = self._share(total, named=False) or self._share(total, named=True)
+        if not maps:
+            raise SharedMemoryError(f"{FOLDER}: the ranks of the node cannot map each other's file")
         return SharedBuffer(maps, self.rank, header, nbytes)
 
-    @staticmethod
-    def _create(name: str, total: int) -> None:
-        handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    def _share(self, total: int, *, named: bool) -> list[mmap.mmap]:
+        """Every rank's file mapped; none if some rank could not open another's.
+
+        A file without a name vanishes with its last user, however that ends. Peers open it
+        through /proc, which ranks in containers of their own cannot: those get a named file,
+        unlinked as soon as all have it.
+        """
+        name = f"{FOLDER}/{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}" if named else ""
+        handle, problem = -1, ""
+        maps: list[mmap.mmap] = []
         try:
-            # Reserve the pages now: a hole in a full file system would be a SIGBUS later.
-            os.posix_fallocate(handle, 0, total)
-        except OSError:
-            os.unlink(name)
-            raise
+            try:
+                handle = self._create(name, total)
+            except OSError as error:
+                if named or error.errno == errno.ENOSPC:
+                    problem = f"{FOLDER}: {error.strerror} for {total >> 20} MiB"
+            path = name if named or handle < 0 else f"/proc/{os.getpid()}/fd/{handle}"
+            mine = _Offer(path, os.fstat(handle).st_ino if handle >= 0 else 0, problem)
+            offers = [_Offer(*json.loads(text)) for text in self._gather(json.dumps(mine))]
+            faults = [offer.problem for offer in offers if offer.problem]
+            if not faults:
+                maps = _map_all(offers, total)
+            if "" in self._gather("mapped" if maps else ""):
+                maps = []
         finally:
-            os.close(handle)
+            if handle >= 0:
+                os.close(handle)
+                if named:
+                    os.unlink(name)
+        if faults:
+            raise SharedMemoryError(faults[0])
+        return maps
 
     @staticmethod
-    def _map(path: str, total: int) -> mmap.mmap:
-        handle = os.open(path, os.O_RDWR)
+    def _create(name: str, total: int) -> int:
+        """An open file of ``total`` reserved bytes: a hole would be a SIGBUS later."""
+        flags = os.O_CREAT | os.O_EXCL if name else os.O_TMPFILE
+        handle = os.open(name or FOLDER, flags | os.O_RDWR, 0o600)
         try:
-            return mmap.mmap(handle, total)
-        finally:
+            os.posix_fallocate(handle, 0, total)
+        except OSError:
             os.close(handle)
+            if name:
+                os.unlink(name)
+            raise
+        return handle
+
+    def _gather(self, text: str) -> list[str]:
+        """A short text of every rank of the node, without spinning."""
+        mine = np.zeros(_TEXT, np.uint8)
+        data = text.encode()[:_TEXT]
+        mine[: len(data)] = np.frombuffer(data, np.uint8)
+        every = np.empty((self.size, _TEXT), np.uint8)
+        self._wait(self._comm.Iallgather(mine, every))
+        return [row.tobytes().rstrip(b"\0").decode() for row in every]
 
     def bind(
         self,
@@ -164,6 +214,39 @@ class SharedMemory(Transport):
                 pass
 
 
+def _wait(request: Request) -> None:
+    while not request.Test():
+        time.sleep(1e-4)
+
+
+class _Offer(NamedTuple):
+    """A rank's file: where it can be opened, its number, and why there is none."""
+
+    path: str
+    inode: int
+    problem: str
+
+
+def _map_all(offers: Sequence[_Offer], total: int) -> list[mmap.mmap]:
+    """The files mapped, or none of them."""
+    maps = []
+    for offer in offers:
+        try:
+            handle = os.open(offer.path, os.O_RDWR)
+        except OSError:
+            return []
+        try:
+            # In another container the same process number names another process's file.
+            if os.fstat(handle).st_ino != offer.inode:
+                return []
+            maps.append(mmap.mmap(handle, total))
+        except (OSError, ValueError):
+            return []
+        finally:
+            os.close(handle)
+    return maps
+
+
 class _Counters:
     """The ``entered`` and ``left`` counters of one program."""
 
@@ -174,9 +257,15 @@ class _Counters:
         self.words = buffer.words
         self.base = slot * _LINE
         self.run = 0
+        self._buffer = buffer
+        self._slot = slot
 
     def begin(self) -> None:
-        self.run += 1
+        self._buffer.runs[self._slot] += 1
+        self.run = self._buffer.runs[self._slot]
+
+    def close(self) -> None:
+        self._buffer.give_slot(self._slot)
 
     def enter(self, step: int) -> None:
         self._set(self.ENTERED, step)
@@ -279,6 +368,9 @@ class _Direct(Program):
         counters.leave(0)
         if self._kind is not Kind.REDUCE_SCATTER:
             yield counters.until(counters.LEFT, [(who, 0) for who in self._others])
+
+    def close(self) -> None:
+        self._counters.close()
 
     def _work(self, mine: Array) -> None:
         if self._kind is Kind.ALLGATHER:
