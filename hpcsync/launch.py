@@ -308,9 +308,7 @@ def _library_path() -> str:
 def guard(main: Callable[[], int]) -> NoReturn:
     """Run a command and end the whole job with its status.
 
-    A user's error is one line and status 2, anything else one traceback and status 1. Ranks wait
-    a moment in rank order before they speak, so that an error which hits several is told once:
-    the first to speak ends the job.
+    A user's error is one line and status 2, anything else one traceback and status 1.
     """
     status = 0
     try:
@@ -329,7 +327,8 @@ def guard(main: Callable[[], int]) -> NoReturn:
 def fail(error: BaseException) -> int:
     """Report ``error`` and end the other ranks; returns the exit status if this is the only one.
 
-    Does not return where other ranks have to be ended.
+    Does not return where other ranks have to be ended. Ranks wait in rank order before they speak,
+    so that an error which hits several is told once: the first to speak ends the job.
     """
     rank, size = _place()
     status = 2 if isinstance(error, UserError) else 130 if _interrupted(error) else 1
@@ -343,6 +342,14 @@ def fail(error: BaseException) -> int:
     if size > 1:
         abort(status)
     return status
+
+
+def _patience_s(rank: int) -> float:
+    """Seconds before a rank may speak: 0, 1, 2, 2.3, 2.5, ... up to 3.
+
+    A lower rank with the same error needs about 0.3 s to end the job, more on a busy machine.
+    """
+    return 3.0 - 2.0 / rank if rank else 0.0
 
 
 def abort(status: int) -> NoReturn:

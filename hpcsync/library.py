@@ -13,13 +13,10 @@ order.
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import enum
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from .collectives import Collectives
 from .collectives.eager import Eager
 from .device import dtype_of
 from .errors import LaunchError
+from .exits import Exits
 from .parallel import data_parallel
 
 
@@ -52,6 +50,7 @@ class _Session:
     config: configuration.Config
     collectives: Collectives
     eager: Eager
+    exits: Exits
 
 
 _session: _Session | None = None  # one process is one rank of one job
@@ -60,7 +59,8 @@ _session: _Session | None = None  # one process is one rank of one job
 def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
     """Start: find the other ranks. A second call does nothing.
 
-    From here on an exception that nobody catches, on any rank, ends the whole job.
+    From here on an exception that nobody catches, on any rank and thread, ends the whole job; so
+    does an exit with a status that is not 0. A rank that comes to its end waits for the others.
 
     Args:
         deck: a TOML deck; its sections ``topology`` and ``comm`` count here.
@@ -76,15 +76,9 @@ def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
     config = configuration.load(Path(deck) if deck is not None else None, overrides)
     runtime = launch.start(config.topology, config.comm.timeout_s)
     collectives = Collectives(runtime, config.comm)
-    _session = _Session(runtime, config, collectives, Eager(collectives))
-    sys.excepthook = _end_job
     # The progress thread must have stopped before mpi4py finalizes MPI at exit.
-    atexit.register(collectives.progress.close)
-
-
-def _end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # From here this is the one way to set the status of the process.
-    raise SystemExit(launch.fail(error))
+    exits = Exits(runtime.comm, collectives.progress.close)
+    _session = _Session(runtime, config, collectives, Eager(collectives), exits)
 
 
 def is_initialized() -> bool:
@@ -97,8 +91,8 @@ def shutdown() -> None:
     global _session
     if _session is not None:
         session, _session = _session, None
+        session.exits.close()
         session.runtime.close()
-        sys.excepthook = sys.__excepthook__
 
 
 def _current() -> _Session:

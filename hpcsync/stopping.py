@@ -19,7 +19,8 @@ from typing import Any
 from .errors import HpcsyncError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds from the signal to the end of the process, if the step does not end before.
+# Seconds from the signal to the end of the process, if the step does not end before. Batch systems
+# give 30 s or more from SIGTERM to SIGKILL; a step that takes longer than this is not waited for.
 GRACE_S = 5.0
 
 
@@ -97,7 +98,7 @@ class StopSignals:
                 return
             number = data[0]
         self.received = self.received or number
-        with contextlib.suppress(OSError):  # a full disk must not keep the job from ending
+        with contextlib.suppress(Exception):  # say, a full disk: the job must end all the same
             self._on_signal(signal.Signals(number).name)
         if not self._over.wait(self._grace_s):
             self._give_up(128 + number)

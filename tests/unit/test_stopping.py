@@ -54,11 +54,12 @@ def test_a_stop_in_time_is_not_given_up_on() -> None:
     assert gave_up == []
 
 
-def test_a_failing_note_does_not_keep_the_job_alive() -> None:
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("changed size")])
+def test_a_failing_note_does_not_keep_the_job_alive(error: Exception) -> None:
     done = threading.Event()
 
     def on_signal(name: str) -> None:
-        raise OSError("disk full")
+        raise error
 
     with StopSignals(on_signal, lambda status: done.set(), grace_s=0.01):
         os.kill(os.getpid(), signal.SIGTERM)
