@@ -38,9 +38,20 @@ class Parts:
     def model(self) -> nn.Module:
         return self.engine.model
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on: what is trained, and the place in the data."""
+        return {"engine": self.engine.state_dict(), "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises ``DataError`` when the data's order is another."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.engine.load_state_dict(state["engine"])
+
 
 def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[[], T]) -> T:
     """Do what may fail on some ranks only, and go on if it failed on none; collective.
+
+    ``work`` must not be collective itself: a rank that fails in it would agree alone.
 
     Raises:
         AgreedError: on all ranks, if ``work`` raised a UserError on any or ran out of memory.
@@ -65,6 +76,8 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
 
     Raises:
         AgreedError: data or model cannot be had on some rank, or differ between ranks.
+        UserError: on this rank alone, if its model cannot be exchanged; the job has to be ended.
+        ExhaustedError: no memory for the buckets, on this rank alone; likewise.
         StoppedError: a signal came meanwhile.
     """
     train = config.train
@@ -73,9 +86,10 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
     model = together(runtime, signals, "model", lambda: _build_model(config, source))
-    parallel = together(
-        runtime, signals, "buckets", lambda: DataParallel(model, runtime=runtime, comm=config.comm)
-    )
+    # It talks to the other ranks itself, and an agreement of ours would meet one of its own on
+    # ranks that fail alone: those end the job instead.
+    with memory_errors("buckets"):
+        parallel = DataParallel(model, runtime=runtime, comm=config.comm)
     optimizer = together(runtime, signals, "optimizer", lambda: make_optimizer(model, train))
     if train.compile:
         compile_model(model)
