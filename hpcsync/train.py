@@ -127,20 +127,29 @@ def train(
             signals=signals,
         ).run()
     except StoppedError as stop:
-        observers.ended("interrupted", str(stop))
+        _ended(observers, "interrupted", str(stop))
         _say(runtime, str(stop))
         return stop.status
     except NonFiniteError as error:  # on all ranks alike, so one line tells it
-        observers.ended("failed", str(error))
+        _ended(observers, "failed", str(error))
         _say(runtime, f"error: {error}")
         return 1
     except BaseException as error:
         told = isinstance(error, HpcsyncError)
         reason = str(error) if told else f"{type(error).__name__}: {error}"
-        observers.ended("failed", reason.partition("\n")[0])
+        _ended(observers, "failed", reason.partition("\n")[0])
         raise
     observers.ended("done", "")
     return 0
+
+
+def _ended(observers: Observers, status: str, detail: str) -> None:
+    """Tell that the run ended badly; what fails in that must not hide why it did."""
+    try:
+        observers.ended(status, detail)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        print(f"hpcsync: warning: the run's files are not complete: {text}", file=sys.stderr)
 
 
 def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path) -> RunInfo:
@@ -203,12 +212,12 @@ class Loop:
         """One step on all ranks; also the signal that any of them received, or 0."""
         import torch
 
+        from . import data
         from .engine import memory_errors
 
         begin = time.perf_counter()
-        runtime, parts, step = self.runtime, self.parts, self.parts.engine.step_count
-        # Dropout draws from the step and the rank, so nothing of it need be saved to resume.
-        torch.manual_seed((self.config.run.seed * 1_000_003 + step) * 65_537 + runtime.rank)
+        runtime, parts, step = self.runtime, self.parts, self.parts.sampler.step
+        torch.manual_seed(data.step_seed(self.config.run.seed, step, runtime.rank))
         count = self.config.train.accumulate
         with memory_errors(f"step {step + 1}"):
             batches: list[Batch] = [
@@ -218,13 +227,13 @@ class Loop:
                 for micro in range(count)
             ]
             result = parts.engine.step(batches)
+        parts.sampler.advance()
         return self.agree(result, begin)
 
     def agree(self, result: StepResult, begin: float) -> tuple[StepRecord, int]:
         """Means over the ranks, and whether to go on: one small allreduce after the optimizer.
 
-        The gradients have just brought all ranks to the same point, so it costs its latency
-        only, which is counted as exposed communication.
+        Its time is that of waiting for the slowest rank's optimizer, and told apart.
 
         Raises:
             NonFiniteError: the loss of any rank is NaN or Inf; on all ranks.
@@ -247,16 +256,17 @@ class Loop:
             self._refuse(result)
         step_ms = (now - begin) * 1e3
         waited_ms = (now - before) * 1e3 if size > 1 else 0.0
-        exposed_ms = exposed_ms / size + waited_ms
+        exposed_ms /= size
         record = StepRecord(
             step=result.step,
             loss=loss / size,
             lr=result.lr,
             grad_norm=result.grad_norm,
             step_ms=step_ms,
-            compute_ms=step_ms - exposed_ms,
-            comm_ms=comm_ms / size + waited_ms,
+            compute_ms=step_ms - exposed_ms - waited_ms,
+            comm_ms=comm_ms / size,
             exposed_comm_ms=exposed_ms,
+            wait_ms=waited_ms,
             tokens_per_s=self.info.tokens_per_step / step_ms * 1e3,
             internode_bytes=internode,
             loss_scale=result.loss_scale,

@@ -6,13 +6,22 @@ from typing import TYPE_CHECKING
 
 from hpcsync import registry
 from hpcsync.data.base import Source, describe, fingerprint
-from hpcsync.data.sampler import Sampler, spread
+from hpcsync.data.sampler import Sampler, spread, step_seed
 from hpcsync.errors import DataError
 
 if TYPE_CHECKING:
     from hpcsync.config import Config
 
-__all__ = ["BUILTINS", "Sampler", "Source", "build", "describe", "fingerprint", "spread"]
+__all__ = [
+    "BUILTINS",
+    "Sampler",
+    "Source",
+    "build",
+    "describe",
+    "fingerprint",
+    "spread",
+    "step_seed",
+]
 
 BUILTINS = {
     "stdlib": "hpcsync.data.stdlib:build",

@@ -22,7 +22,7 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 class Sampler:
     """The order of samples, and the position in it.
 
-    ``step`` is the position: the next step to train. ``global_batch`` counts samples of a step
+    ``step`` is the position: the next step to train, counted from 0. ``global_batch`` counts samples of a step
     over all ranks and micro-batches; the order does not depend on how many ranks share it.
     """
 
@@ -60,9 +60,9 @@ class Sampler:
         first = (micro * size + rank) * count
         return self.indices(step)[first : first + count]
 
-    def epoch(self, step: int) -> float:
-        """How many times over the data has been seen before ``step``."""
-        return step * self.global_batch / self.source_size
+    def advance(self) -> None:
+        """A step has been trained."""
+        self.step += 1
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what it is a position in."""
@@ -99,6 +99,11 @@ def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDAr
     while (outside := out >= np.uint64(size)).any():
         out[outside] = _feistel(out[outside], half, keys)
     return out.astype(np.int64)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What dropout draws from in a step on a rank: 64 bits, so nothing of it need be saved."""
+    return _mix(_mix(_mix(seed) ^ step) ^ rank)
 
 
 def spread(size: int, count: int) -> NDArray[np.int64]:

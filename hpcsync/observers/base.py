@@ -52,9 +52,10 @@ class StepRecord:
         step: counted from 1.
         loss: nats a target.
         grad_norm: global norm before clipping; NaN or Inf when the step was skipped for it.
-        compute_ms: ``step_ms`` less ``exposed_comm_ms``.
+        compute_ms: ``step_ms`` less ``exposed_comm_ms`` and ``wait_ms``.
         comm_ms: from the first byte of the step's gradients to the last.
         exposed_comm_ms: time for which the computation stood still for communication.
+        wait_ms: time at the step's end until all ranks had come to it.
         internode_bytes: sent by all ranks over links between nodes.
         skipped: the step was left out because gradients were not finite.
     """
@@ -67,6 +68,7 @@ class StepRecord:
     compute_ms: float
     comm_ms: float
     exposed_comm_ms: float
+    wait_ms: float
     tokens_per_s: float
     internode_bytes: float
     loss_scale: float

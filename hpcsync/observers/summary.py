@@ -27,8 +27,8 @@ class Summary(Observer):
     """Writes RUN/summary.json.
 
     Keys: ranks, nodes, steps (done), loss_first, loss_last (nats), val_loss, val_loss_first,
-    val_unit, tokens_per_s, step_ms, compute_ms, comm_ms, exposed_comm_ms (medians), overlap
-    (share of the communication that was hidden, 0 to 1), internode_bytes_per_step, skipped,
+    val_unit, tokens_per_s, step_ms, compute_ms, comm_ms, exposed_comm_ms, wait_ms (medians),
+    overlap (share of the communication that was hidden, 0 to 1), internode_bytes_per_step, skipped,
     wall_s, codec, algorithm, status, detail. A value that was not measured, NaN or Inf is null.
     """
 
@@ -76,9 +76,7 @@ class Summary(Observer):
                     "ranks": info.ranks,
                     "nodes": info.nodes,
                 }
-                _replace(
-                    info.folder / "summary.json", {**known, "status": status, "detail": detail}
-                )
+                _replace(info, {**known, "status": status, "detail": detail})
 
     def _write(self, info: RunInfo, status: str, detail: str) -> None:
         recent = list(self._recent)
@@ -100,6 +98,7 @@ class Summary(Observer):
             "compute_ms": _median(recent, "compute_ms"),
             "comm_ms": comm_ms,
             "exposed_comm_ms": exposed_ms,
+            "wait_ms": _median(recent, "wait_ms"),
             "overlap": overlap(comm_ms, exposed_ms),
             "internode_bytes_per_step": _median(recent, "internode_bytes"),
             "skipped": self._skipped,
@@ -109,7 +108,7 @@ class Summary(Observer):
             "status": status,
             "detail": detail,
         }
-        _replace(info.folder / "summary.json", values)
+        _replace(info, values)
 
 
 def overlap(comm_ms: float | None, exposed_ms: float | None) -> float | None:
@@ -131,12 +130,15 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _replace(path: Path, values: dict[str, Any]) -> None:
+def _replace(info: RunInfo, values: dict[str, Any]) -> None:
     """Write aside and rename: a reader finds the old file or the new one, never a half."""
+    path = info.folder / "summary.json"
+    # Ranks on two hosts may have the same process id.
+    writer = f"{info.host}.{info.rank}.{os.getpid()}"
     plain = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{writer}")
     aside.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     aside.replace(path)

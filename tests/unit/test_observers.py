@@ -20,7 +20,7 @@ from hpcsync.observers.summary import Summary, overlap
 # The keys that other tools read; more may be added.
 PROMISED = {
     *("ranks", "nodes", "steps", "loss_first", "loss_last", "val_loss", "tokens_per_s"),
-    *("step_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "overlap"),
+    *("step_ms", "compute_ms", "comm_ms", "exposed_comm_ms", "wait_ms", "overlap"),
     *("internode_bytes_per_step", "codec", "algorithm", "status"),
 }
 
@@ -53,6 +53,7 @@ def record(step: int, **changes: Any) -> StepRecord:
         "compute_ms": 90.0,
         "comm_ms": 40.0,
         "exposed_comm_ms": 10.0,
+        "wait_ms": 5.0,
         "tokens_per_s": 20000.0,
         "internode_bytes": 1000.0,
         "loss_scale": 1.0,
@@ -86,6 +87,7 @@ def test_summary_holds_what_is_promised(tmp_path: Path) -> None:
     assert (found["val_loss_first"], found["val_loss"]) == (8.0, 3.5)
     assert found["step_ms"] == 102.0
     assert found["overlap"] == pytest.approx(0.75)
+    assert found["wait_ms"] == 5.0
     assert found["tokens_per_s"] == pytest.approx(2048 / 0.102)
     assert found["status"] == "done"
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
@@ -132,6 +134,20 @@ def test_the_rank_that_fails_has_the_last_word(tmp_path: Path) -> None:
     found = summary(tmp_path)
     assert (found["status"], found["detail"], found["steps"]) == ("failed", "rank 1 fell", 1)
     assert set(found) >= PROMISED
+
+
+def test_ranks_of_two_hosts_do_not_write_into_each_others_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process ids are the same there."""
+    aside = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: (aside.append(self), replace(self, to)))
+    for host, rank in (("a", 0), ("b", 1), ("a", 2)):
+        observer = Summary()
+        observer.started(info(tmp_path, rank=rank, host=host))
+        observer.ended("failed", "")
+    assert len(set(aside)) == 3
 
 
 def test_other_ranks_write_nothing_of_a_good_run(tmp_path: Path) -> None:
