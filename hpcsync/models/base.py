@@ -34,7 +34,6 @@ class ParameterCounts:
 
     total: int
     trainable: int
-    buffers: int
     nbytes: int
 
 
@@ -44,7 +43,6 @@ def parameter_counts(model: nn.Module) -> ParameterCounts:
     return ParameterCounts(
         total=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        buffers=sum(b.numel() for b in buffers),
         nbytes=sum(t.numel() * t.element_size() for t in [*parameters, *buffers]),
     )
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def build(config: ModelConfig, source: Source) -> nn.Module:
-    """``config.layers`` convolutions of ``config.hidden`` channels (0: 4 times ``config.width``).
+    """``config.layers`` convolutions of ``config.hidden`` channels (0: ``config.width``).
 
     Raises ``ModelError`` when samples are not pictures (channels, height, width) with classes.
     """
@@ -29,7 +29,7 @@ def build(config: ModelConfig, source: Source) -> nn.Module:
         channels=source.sample_shape[0],
         classes=source.classes,
         layers=config.layers,
-        width=config.hidden or 4 * config.width,
+        width=config.hidden or config.width,
         dropout=config.dropout,
     )
 

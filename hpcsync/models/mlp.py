@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build(config: ModelConfig, source: Source) -> nn.Module:
-    """``config.layers`` hidden layers of width ``config.hidden`` (0: 4 times ``config.width``).
+    """``config.layers`` hidden layers of width ``config.hidden`` (0: ``config.width``).
 
     Raises ``ModelError`` when the samples are tokens or have no classes.
     """
@@ -30,7 +30,7 @@ def build(config: ModelConfig, source: Source) -> nn.Module:
         inputs=math.prod(source.sample_shape),
         classes=source.classes,
         layers=config.layers,
-        width=config.hidden or 4 * config.width,
+        width=config.hidden or config.width,
         dropout=config.dropout,
     )
 

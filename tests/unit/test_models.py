@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpcsync import config as configs
 from hpcsync import models
 from hpcsync.config import ModelConfig
 from hpcsync.errors import ModelError
@@ -133,10 +134,21 @@ def test_gpt_takes_shorter_samples():
 
 def test_convnet_has_buffers():
     model = make("convnet")
-    assert models.parameter_counts(model).buffers == 2 * (2 * 128 + 1)
+    assert [buffer.numel() for buffer in model.buffers()] == 2 * [32, 32, 1]
     before = copy.deepcopy(model.layers[0][1].running_mean)
     model(*batch("convnet"))
     assert not torch.equal(before, model.layers[0][1].running_mean)
+
+
+@pytest.mark.parametrize(("hidden", "wide"), [(0, 32), (8, 8)])
+def test_hidden_is_what_its_text_says(hidden, wide):
+    assert "gpt (0: 4 x width); width of mlp and convnet (0: width)" in configs.explain(
+        "model.hidden"
+    ).replace("\n", " ").replace("  ", " ")
+    inner = make(hidden=hidden).layers[0].mlp.inner
+    assert inner.out_features == (hidden or 4 * 32)
+    assert make("mlp", hidden=hidden).layers[0][0].out_features == wide
+    assert make("convnet", hidden=hidden).layers[0][0].out_channels == wide
 
 
 def test_frozen_and_shared_parameters_are_counted():
@@ -144,7 +156,7 @@ def test_frozen_and_shared_parameters_are_counted():
     model[1].weight = model[0].weight
     model[0].bias.requires_grad_(False)
     counts = models.parameter_counts(model)
-    assert (counts.total, counts.trainable, counts.buffers) == (15, 12, 0)
+    assert (counts.total, counts.trainable, counts.nbytes) == (15, 12, 60)
 
 
 @pytest.mark.parametrize("name", ["gpt", "mlp"])
