@@ -62,10 +62,7 @@ class Collectives:
         if config.node_transport != "mpi_host":
             self.shared = SharedMemory(self.node.comm, self.node.ranks, self.device, runtime.wait)
         self._bound: weakref.WeakSet[Collective] = weakref.WeakSet()
-        # One rank a node has nobody to share memory with; flat algorithms go by messages only.
-        self._by_levels = self.topology.node_count < runtime.size and choice.by_levels(
-            config, self.topology, dtype_of("float32")
-        )
+        self._by_levels = choice.by_levels(config, self.topology, dtype_of("float32"))
         runtime.on_close(self.close)
 
     def close(self) -> None:
@@ -97,7 +94,9 @@ class Collectives:
         Raises:
             UserError: ``comm.node_transport = "shared_memory"`` and there is no room.
         """
-        if self.shared is None or not self._by_levels:
+        # One rank a node has nobody to share memory with; flat algorithms go by messages only.
+        alone = self.topology.node_count == self.runtime.size
+        if self.shared is None or alone or not self._by_levels:
             return private_buffer(nbytes)
         segments = choice.segments(self.config, self.topology, nbytes) + pieces - 1
         slots = _STAGES * segments * bindings + _SPARE_SLOTS

@@ -14,7 +14,7 @@ import pytest
 from mpi4py import MPI
 
 from hpcsync import schedules
-from hpcsync.collectives import Collective, Collectives
+from hpcsync.collectives import Collective, Collectives, choice
 from hpcsync.collectives.eager import Eager
 from hpcsync.config import ALGORITHMS, RAIL_ALGORITHMS, CommConfig
 from hpcsync.device import dtype_of
@@ -174,7 +174,10 @@ def test_reproducible_bits_depend_on_neither_placement_nor_pieces(opened: Open, 
 def test_reproducible_adds_in_rank_order(opened: Open) -> None:
     collectives = opened(2, reproducible=True)
     rank, size = collectives.runtime.rank, collectives.runtime.size
-    assert collectives.resolve("ring", dtype_of("float32")) == "direct"
+    assert (
+        choice.resolve(collectives.config, collectives.topology, dtype_of("float32"), "ring")
+        == "direct"
+    )
     wanted = numbers(0, 500)
     for other in range(1, size):
         wanted = wanted + numbers(other, 500)
@@ -185,10 +188,14 @@ def test_reproducible_adds_in_rank_order(opened: Open) -> None:
 def test_auto_and_what_native_cannot_add(opened: Open) -> None:
     size = MPI.COMM_WORLD.size
     flat, split = opened(0), opened(1)
-    assert flat.resolve("auto", dtype_of("float32")) == "direct"
-    assert split.resolve("auto", dtype_of("float32")) == ("direct" if size == 1 else "hierarchical")
-    assert flat.resolve("native", dtype_of("float64")) == "native"
-    assert flat.resolve("native", dtype_of("bfloat16")) == "direct"
+
+    def chosen(group: Collectives, name: str, dtype: str) -> str:
+        return choice.resolve(group.config, group.topology, dtype_of(dtype), name)
+
+    assert chosen(flat, "auto", "float32") == "direct"
+    assert chosen(split, "auto", "float32") == ("direct" if size == 1 else "hierarchical")
+    assert chosen(flat, "native", "float64") == "native"
+    assert chosen(flat, "native", "bfloat16") == "direct"
     assert flat.describe_transports() == ({} if size == 1 else {"node": "shared_memory"})
     assert split.describe_transports() == ({} if size == 1 else {"rail": "mpi_host"})
 
@@ -418,11 +425,13 @@ def test_control_messages(opened: Open) -> None:
 def test_segments_and_bounds(opened: Open) -> None:
     """What is on the wire is what was cut: all elements, once."""
     collectives = opened(1, segment_mb=TINY)
-    assert collectives._segment_count(1 << 20) == (1024 if MPI.COMM_WORLD.size > 1 else 128)
+    assert choice.segments(collectives.config, collectives.topology, 1 << 20) == (
+        1024 if MPI.COMM_WORLD.size > 1 else 128
+    )
     bounds = schedules.chunk_bounds(1000, 7, 16)
     assert (bounds[0], bounds[-1]) == (0, 1000)
     config = dataclasses.replace(collectives.config, segment_mb=1000.0)
-    assert Collectives(collectives.runtime, config)._segment_count(1 << 20) == 1
+    assert choice.segments(config, collectives.topology, 1 << 20) == 1
 
 
 def test_a_buffer_bound_in_parts(opened: Open) -> None:

@@ -5,6 +5,7 @@ Values are small whole numbers, so that sums are exact in every type and any ord
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
@@ -348,21 +349,26 @@ def test_what_a_program_raises_reaches_who_waits() -> None:
     progress.close()
 
 
+@pytest.mark.parametrize("named", [True, False])
 def test_buffers_are_private_to_the_user_and_unlinked(
-    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
     made: list[tuple[str, int]] = []
     create = SharedMemory._create
 
-    def spy(name: str, nbytes: int) -> None:
-        create(name, nbytes)
-        made.append((name, stat.S_IMODE(os.stat(name).st_mode)))
+    def spy(name: str, nbytes: int) -> int:
+        if not (named or name):
+            raise OSError(errno.EOPNOTSUPP, "no files without a name here")
+        handle = create(name, nbytes)
+        made.append((name, stat.S_IMODE(os.fstat(handle).st_mode)))
+        return handle
 
     monkeypatch.setattr(SharedMemory, "_create", staticmethod(spy))
     buffer = SharedMemory(comm, range(comm.size), get()).allocate(1000, 1)
     ((name, mode),) = made
     assert mode == 0o600
-    assert name.startswith(f"{shared_memory.FOLDER}/{shared_memory.PREFIX}{os.getpid()}-")
+    start = f"{shared_memory.FOLDER}/{shared_memory.PREFIX}{os.getpid()}-"
+    assert name == "" if named else name.startswith(start)
     assert not os.path.exists(name)
     assert buffer.nbytes == 1000
     assert not buffer.own.any()

@@ -71,6 +71,8 @@ def test_a_bucket_closes_as_soon_as_it_is_full(
 ) -> None:
     params, order, cap, first = case
     plans = plan_buckets(params, order, cap, first)
+    total = sum(param.numel * param.itemsize for param in params)
+    cap = min(cap, max(total // 8, first))
     for dtype in SIZES:
         own = [plan for plan in plans if plan.dtype == dtype]
         for position, plan in enumerate(own):
@@ -81,10 +83,18 @@ def test_a_bucket_closes_as_soon_as_it_is_full(
 
 
 def test_first_bucket_is_small() -> None:
-    params = [Parameter(str(index), 100, "float32", 4) for index in range(6)]
-    plans = plan_buckets(params, [5, 4, 3, 2, 1, 0], 800, 400)
-    assert [plan.params for plan in plans] == [(5,), (4, 3), (2, 1), (0,)]
-    assert plans[1] == BucketPlan(1, "float32", 4, (4, 3), (0, 112), 224, 226)
+    params = [Parameter(str(index), 100, "float32", 4) for index in range(20)]
+    order = list(reversed(range(20)))
+    plans = plan_buckets(params, order, 800, 400)
+    assert [plan.params for plan in plans][:3] == [(19,), (18, 17), (16, 15)]
+    params = params[:6]
+    # A small model is cut into about eight, but into none smaller than the first.
+    assert len(plan_buckets(params, order[-6:], 10**6, 400)) == 6
+    plans = plan_buckets(params * 8, list(reversed(range(48))), 10**6, 400)
+    assert [len(plan.params) for plan in plans] == [1, *[6] * 7, 5]
+    plans = plan_buckets(params * 3, list(reversed(range(18))), 800, 400)
+    assert plans[1].params == (16, 15)
+    assert plans[1] == BucketPlan(1, "float32", 4, (16, 15), (0, 112), 224, 226)
 
 
 def test_nothing_to_plan() -> None:
