@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
 from hpcsync import launch
+from hpcsync import runtime as runtime_module
 from hpcsync.config import TopologyConfig
 from hpcsync.errors import ConfigError, DataError, ModelError, UserError
 from hpcsync.launch import AgreedError, Runtime
@@ -59,6 +61,23 @@ def test_groups_keep_their_order(runtime: Runtime) -> None:
     none = runtime.group([0]) if RANK == 0 else runtime.group([])
     assert none.size == 1
     none.Free()
+
+
+@pytest.mark.parametrize("piece", [1, 24, 1 << 30])
+def test_what_is_more_than_a_count_holds_goes_in_pieces(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(runtime_module, "_PIECE_BYTES", piece)
+    for op, truth in (("sum", SIZE * LAST / 2), ("max", LAST), ("min", 0)):
+        array = np.arange(14.0).reshape(2, 7) * RANK
+        runtime.allreduce_array(array, op)
+        assert np.array_equal(array, np.arange(14.0).reshape(2, 7) * truth)
+    runtime.allreduce_array(np.zeros(0), "sum")
+    mine = np.arange(5) + RANK
+    runtime.broadcast_array(mine, LAST)
+    assert mine.tolist() == [LAST + place for place in range(5)]
+    assert runtime.allgather_object("x" * RANK) == ["x" * rank for rank in range(SIZE)]
+    assert runtime.bcast(RANK, LAST) == LAST
 
 
 def test_agreeing_on_nothing_goes_on(runtime: Runtime) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from hpcsync import launch
+from hpcsync import launch, runtime
 from hpcsync.config import TopologyConfig
 from hpcsync.errors import (
     CollectiveTimeout,
@@ -207,7 +207,19 @@ def test_what_all_ranks_know_is_told_by_rank_0_and_kills_nobody(
 
 def test_agreed_errors_keep_their_class() -> None:
     for kind in (UserError, ConfigError, DataError, ModelError, LaunchError):
-        error = launch._agreed(kind)("rank 2: wrong")
+        error = runtime._agreed(kind)("rank 2: wrong")
         assert isinstance(error, kind)
         assert isinstance(error, launch.AgreedError)
         assert str(error) == "rank 2: wrong"
+
+
+def test_crowding_counts_the_cores_that_ranks_have_together() -> None:
+    def crowding(*cores: set[int], quota: float = 64) -> float:
+        return launch.crowding_of([frozenset(each) for each in cores], quota)
+
+    assert crowding({0}, {1}, {2}, {3}) == 1  # a core each, as mpirun binds them
+    assert crowding({0, 1}, {0, 1}, {0, 1}, {0, 1}) == 2
+    assert crowding({0, 1, 2, 3}) == 0.25
+    assert crowding({0, 1, 2, 3}, {0, 1, 2, 3}, quota=1.5) == 2 / 1.5
+    assert crowding({0, 1, 2, 3}, {0, 1, 2, 3}, quota=0.2) == 2
+    assert crowding(set()) == 1
