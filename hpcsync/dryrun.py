@@ -6,8 +6,10 @@ see what it keeps for the backward pass; so a model of any size is described by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,15 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import banner, data, models, schedules
 from . import config as configs
+from .collectives import choice
 from .config import CommConfig, Config
 from .data import Source
+from .device import dtype_of
 from .errors import DataError, LaunchError, ModelError
-from .gradients.plan import BucketPlan, Parameter, plan_buckets
-from .schedules.base import Kind, Schedule
+from .gradients.plan import BucketPlan, Parameter, arena_bytes, plan_buckets
+from .schedules.base import Action, Kind, Schedule
 from .schedules.hierarchical import compose
 from .topology import Topology
 
 _MIB = 1 << 20
+# More ranks than this are not taken to be on one node, but on nodes of so many.
+_ONE_NODE, _USUAL_NODE = 64, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,8 @@ def report(config: Config, ranks: int, nodes: int = 0) -> str:
 
     Args:
         ranks: to assume.
-        nodes: to spread them over, evenly; 0 to go by ``topology.ranks_per_node``.
+        nodes: to spread them over, evenly; 0 to go by ``topology.ranks_per_node``, and without
+            that to take up to 64 ranks to be on one node, and more on nodes of 8.
 
     Raises:
         UserError: the batch does not divide over the ranks, the nodes are more than the ranks,
@@ -78,28 +85,23 @@ def report(config: Config, ranks: int, nodes: int = 0) -> str:
     """
     micro = configs.micro_batch(config, ranks)
     topology = assume_topology(config, ranks, nodes)
+    assumed = "" if nodes or config.topology.ranks_per_node else _assumed(topology)
     source, told = _source(config)
     sizes = measure(config, source, micro)
-    plans = plan_buckets(
-        sizes.parameters,
-        range(len(sizes.parameters) - 1, -1, -1),
-        int(config.comm.bucket_mb * _MIB),
-        int(config.comm.first_bucket_mb * _MIB),
-    )
-    algorithm, rail = algorithms(config.comm, topology)
-    name = f"{algorithm} ({rail} along the rails)" if algorithm == "hierarchical" else algorithm
+    plans = plan(config, sizes)
+    parts = exchanges(config.comm, topology, plans)
     rows = [
         ("dry run", "nothing is trained, and nothing but text is written"),
-        ("ranks", topology.describe()),
+        ("ranks", topology.describe() + assumed),
         ("nodes", banner.nodes(topology)),
-        ("exchange", f"{name}; codec {config.compress.codec}"),
+        ("exchange", f"{_names(parts)}; codec {config.compress.codec}"),
         ("buckets", _buckets(plans)),
         ("model", _model(config, sizes)),
         ("data", told),
         banner.batch_row(config, ranks, source.tokens_per_sample, source.unit),
         banner.training_row(config),
-        ("memory", _memory(sizes, plans, topology, micro, config.comm.node_transport)),
-        ("bytes", _bytes(traffic(topology, algorithm, rail, _total(plans)), topology)),
+        ("memory", _memory(config, sizes, topology, micro, scratch(config.comm, topology, parts))),
+        ("bytes", _bytes(traffic(topology, parts), topology)),
     ]
     return banner.render(rows)
 
@@ -107,6 +109,8 @@ def report(config: Config, ranks: int, nodes: int = 0) -> str:
 def assume_topology(config: Config, ranks: int, nodes: int) -> Topology:
     """Ranks on nodes as a launcher would place them, block by block."""
     per_node = config.topology.ranks_per_node
+    if not nodes and not per_node and ranks > _ONE_NODE:
+        nodes = -(-ranks // _USUAL_NODE)
     if nodes > ranks:
         raise LaunchError(f"--nodes: {nodes} nodes for {ranks} ranks leaves some empty")
     if nodes:
@@ -116,6 +120,35 @@ def assume_topology(config: Config, ranks: int, nodes: int) -> Topology:
     else:
         hosts = ["node0"] * ranks
     return Topology.group(hosts, per_node)
+
+
+def _assumed(topology: Topology) -> str:
+    if topology.node_count == 1:
+        return ""
+    most = max(len(ranks) for ranks in topology.nodes)
+    return (
+        f"\n{topology.size:,} ranks assumed on {topology.node_count:,} nodes of {most}; give "
+        "--nodes to say otherwise"
+    )
+
+
+def plan(config: Config, sizes: Sizes) -> tuple[BucketPlan, ...]:
+    """The buckets of the first step."""
+    return plan_buckets(
+        sizes.parameters,
+        range(len(sizes.parameters) - 1, -1, -1),
+        int(config.comm.bucket_mb * _MIB),
+        int(config.comm.first_bucket_mb * _MIB),
+    )
+
+
+def _names(parts: Counter[tuple[str, str]]) -> str:
+    """What does the most first."""
+    names = [
+        f"{name} ({rail} along the rails)" if rail else name
+        for (name, rail), _ in parts.most_common()
+    ]
+    return " and ".join(names)
 
 
 def measure(config: Config, source: Source, micro: int) -> Sizes:
@@ -195,27 +228,71 @@ def _source(config: Config) -> tuple[Source, str]:
     return source, data.describe(source)
 
 
-def algorithms(comm: CommConfig, topology: Topology) -> tuple[str, str]:
-    """What ``auto`` stands for, over all and along the rails; as ``Collectives`` chooses."""
-    several = topology.node_count > 1
-    if comm.reproducible:
-        return "direct", "direct"
-    name = comm.algorithm
-    if name in ("auto", "hierarchical"):
-        name = "hierarchical" if several else "direct"
-    rail = comm.rail_algorithm
-    if rail == "auto":
-        rail = "direct" if topology.node_count <= 8 else "halving"
-    return name, rail
+def exchanges(
+    comm: CommConfig, topology: Topology, plans: Sequence[BucketPlan]
+) -> Counter[tuple[str, str]]:
+    """Bytes by the algorithm over all ranks and that along the rails, which serve them.
+
+    The second is empty where there are no rails.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for plan in plans:
+        dtype = dtype_of(plan.dtype)
+        align = max(1, 64 // dtype.itemsize)
+        name = choice.resolve(comm, topology, dtype)
+        pieces = 1 if name == "native" else choice.segments(comm, topology, plan.nbytes)
+        for start, stop in pairwise(schedules.chunk_bounds(plan.numel, pieces, align)):
+            rail = ""
+            if name == "hierarchical":
+                shard = schedules.chunk_bounds(stop - start, topology.rails, align)[1]
+                nbytes = shard * dtype.itemsize
+                rail = choice.rail_algorithm(comm, topology.node_count, nbytes, dtype)
+            found[name, rail] += (stop - start) * dtype.itemsize
+    return found
 
 
-def traffic(topology: Topology, algorithm: str, rail: str, nbytes: float) -> Traffic:
-    """Bytes a step of ``nbytes`` of gradients, from the schedules of the first node's ranks."""
-    pairs = [_sent(topology, rank, algorithm, rail, nbytes) for rank in topology.nodes[0]]
-    return Traffic(
-        rank_near=max(near for near, _ in pairs),
-        rank_far=max(far for _, far in pairs),
-        node_far=sum(far for _, far in pairs),
+def traffic(topology: Topology, parts: Mapping[tuple[str, str], float]) -> Traffic:
+    """Bytes a step, from the schedules of the first node's ranks; ``parts`` as of ``exchanges``."""
+    ranks = topology.nodes[0]
+    near, far = [0.0] * len(ranks), [0.0] * len(ranks)
+    for (algorithm, rail), nbytes in parts.items():
+        for place, rank in enumerate(ranks):
+            inside, outside = _sent(topology, rank, algorithm, rail, nbytes)
+            near[place] += inside
+            far[place] += outside
+    return Traffic(rank_near=max(near), rank_far=max(far), node_far=sum(far))
+
+
+def scratch(comm: CommConfig, topology: Topology, parts: Mapping[tuple[str, str], float]) -> float:
+    """Bytes in which a rank receives what it adds: of messages only, since a node's ranks read
+    each other's memory."""
+    rank, total = topology.nodes[0][0], 0.0
+    messages = comm.node_transport == "mpi_host"
+    for (algorithm, rail), nbytes in parts.items():
+        if algorithm != "hierarchical":
+            if messages or topology.node_count > 1:
+                schedule = schedules.build(algorithm, Kind.ALLREDUCE, rank, topology.size)
+                total += nbytes * _received(schedule)
+            continue
+        for level in compose(topology.nodes, rank, rail="direct" if rail == "native" else rail):
+            if level.name != "node":
+                if rail == "native":
+                    continue  # MPI's own memory
+                total += nbytes / topology.rails * _received(level.schedule)
+            elif messages:
+                total += nbytes * _received(level.schedule)
+    return total
+
+
+def _received(schedule: Schedule) -> float:
+    """The largest share of the buffer that comes in one step to be added."""
+    return max(
+        (
+            sum(move.hi - move.lo for move in step.recvs) / schedule.chunks
+            for step in schedule.steps
+            if step.action is Action.REDUCE
+        ),
+        default=0.0,
     )
 
 
@@ -253,10 +330,6 @@ def _moved(
     return near, far
 
 
-def _total(plans: Sequence[BucketPlan]) -> int:
-    return sum(plan.nbytes for plan in plans)
-
-
 def _buckets(plans: Sequence[BucketPlan]) -> str:
     if not plans:
         raise ModelError("model: no parameter takes a gradient, so there is nothing to train")
@@ -280,31 +353,37 @@ def _model(config: Config, sizes: Sizes) -> str:
     return f"{config.model.name}, {banner.parameters(total)} parameters{part}"
 
 
-def _memory(
-    sizes: Sizes, plans: Sequence[BucketPlan], topology: Topology, micro: int, transport: str
-) -> str:
+def _memory(config: Config, sizes: Sizes, topology: Topology, micro: int, received: float) -> str:
     """A rank's memory, part by part."""
-    gradients = _total(plans)
+    gradients = arena_bytes(sizes.parameters)
+    largest = max((p.numel * p.itemsize for p in sizes.parameters), default=0)
     # Two moments of the parameter's own type, and a float32 step count each.
     optimizer = sum(2 * p.numel * p.itemsize + 4 for p in sizes.parameters)
-    parts = [
+    parts: list[tuple[str, float, str]] = [
         ("weights", sizes.counts.nbytes, "with buffers"),
         ("gradients", gradients, "the buckets themselves"),
+        ("fresh", largest, "the largest gradient before it is in its bucket"),
         ("optimizer", optimizer, "AdamW's two moments"),
+        ("messages", received, "where gradients of other ranks come in"),
     ]
     if sizes.activations is not None:
         parts.append(
             ("activations", sizes.activations, f"of {banner.count(micro, 'sample')}, an estimate")
         )
     total = sum(nbytes for _, nbytes, _ in parts)
-    lines = [f"{name:<11}  {banner.size(nbytes):>10}  {note}" for name, nbytes, note in parts]
+    lines = [
+        f"{name:<11}  {banner.size(nbytes):>10}  {note}" for name, nbytes, note in parts if nbytes
+    ]
     if sizes.activations is None:
         lines.append("activations  not counted: the model does not run without values")
     lines.append(f"{'a rank':<11}  {banner.size(total):>10}  and Python, torch, MPI and data")
     most = max(len(ranks) for ranks in topology.nodes)
     if most > 1:
         shared = f"{banner.size(gradients * most)} of it in /dev/shm"
-        note = shared if transport != "mpi_host" else ""
+        by_levels = any(
+            choice.by_levels(config.comm, topology, dtype_of(p.dtype)) for p in sizes.parameters
+        )
+        note = shared if by_levels and config.comm.node_transport != "mpi_host" else ""
         lines.append(f"{'a node':<11}  {banner.size(total * most):>10}  {note}".rstrip())
     return "\n".join(lines)
 

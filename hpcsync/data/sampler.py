@@ -22,8 +22,9 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 class Sampler:
     """The order of samples, and the position in it.
 
-    ``step`` is the position: the next step to train, counted from 0. ``global_batch`` counts samples of a step
-    over all ranks and micro-batches; the order does not depend on how many ranks share it.
+    ``step`` is the position: the next step to train, counted from 0. ``global_batch`` counts
+    samples of a step over all ranks and micro-batches; the order does not depend on how many ranks
+    share it.
     """
 
     def __init__(self, source_size: int, global_batch: int, seed: int) -> None:

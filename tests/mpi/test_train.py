@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -17,11 +18,13 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
+from hpcsync import assembly, data, dryrun, launch, models, train
 from hpcsync import config as configs
-from hpcsync import data, dryrun, models, train
 from hpcsync.config import Config
 from hpcsync.engine import learning_rate
 from hpcsync.launch import AgreedError
+from hpcsync.observers import Observers
+from hpcsync.stopping import StopSignals
 
 pytestmark = pytest.mark.mpi
 
@@ -145,6 +148,44 @@ def test_run_folder(folder: Path, comm: MPI.Intracomm) -> None:
     assert events == ["started", "evaluated", "evaluated", "evaluated", "ended"]
 
 
+def test_the_largest_seed(folder: Path) -> None:
+    run(folder, f"run.seed={2**63 - 1}", "train.steps=2", "model.dropout=0.1")
+
+
+def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
+    config = configs.load(None, tiny("model.dropout=0.1", "train.steps=10"))
+
+    def ten(first: dict[str, Any] | None, steps: int) -> tuple[list[Any], dict[str, Any]]:
+        """Losses of ``steps`` steps of fresh parts that begin from ``first``, and their state."""
+        with (
+            launch.start(config.topology) as runtime,
+            StopSignals(lambda name: None, lambda status: None) as signals,
+        ):
+            parts = assembly.assemble(runtime, config, signals)
+            if first is not None:
+                parts.load_state_dict(first)
+            loop = train.Loop(
+                runtime=runtime,
+                config=config,
+                parts=parts,
+                info=train._info(runtime, config, parts, Path()),
+                observers=Observers([]),
+                signals=signals,
+            )
+            records = [loop.step()[0] for _ in range(steps)]
+            state = copy.deepcopy(parts.state_dict())
+        return [(each.step, each.loss, each.grad_norm, each.lr) for each in records], state
+
+    whole, end = ten(None, 10)
+    _, middle = ten(None, 5)
+    rest, again = ten(middle, 5)
+    assert rest == whole[5:]
+    assert again["sampler"] == end["sampler"]
+    assert again["sampler"]["step"] == 10
+    for name, value in end["engine"]["model"].items():
+        assert torch.equal(value, again["engine"]["model"][name]), name
+
+
 def test_held_out_loss_does_not_depend_on_the_ranks(folder: Path, comm: MPI.Intracomm) -> None:
     """All of the held-out samples, an odd number of them: shares are uneven."""
     pytest.importorskip("sklearn")
@@ -162,16 +203,88 @@ def test_held_out_loss_does_not_depend_on_the_ranks(folder: Path, comm: MPI.Intr
         assert summary(made)["val_loss_first"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_bf16_checkpointing_and_a_loss_scale(folder: Path, comm: MPI.Intracomm) -> None:
-    made = run(
-        folder,
-        "train.precision=bf16",
-        "train.activation_checkpointing=true",
-        "train.loss_scale=dynamic",
-        "train.steps=12",
-    )
+class Watched(nn.Module):
+    """A model that counts how often its block runs, and notes what its forward passes see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(256, 16)
+        self.block = Counted()
+        self.scales: list[float] = []
+
+    def blocks(self) -> list[nn.Module]:
+        return [self.block]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        scores = self.block(self.table(inputs)).flatten(0, 1).float()
+        loss = nn.functional.cross_entropy(scores, targets.flatten())
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: self.scales.append(float(grad)))
+        return loss
+
+
+class Counted(nn.Linear):
+    """Linear, with the number of its passes in training and their dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 256)
+        self.calls = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += self.training  # first: computed again, it stops when all is there
+        made = super().forward(inputs)
+        self.dtypes.add(made.dtype)
+        return made
+
+
+def test_bf16_checkpointing_and_a_loss_scale(
+    folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Watched] = []
+
+    def build(config: object, source: object) -> nn.Module:
+        made.append(Watched())
+        return made[-1]
+
+    module = ModuleType("own_models")
+    module.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_models", module)
+    saving = ("train.activation_checkpointing=true", "train.precision=bf16")
+    scaled = ("train.loss_scale=1024", "train.steps=12", "train.lr=1e-2")
+    first = run(folder, "model.name=own_models:build", *scaled, name="plain")
+    second = run(folder, "model.name=own_models:build", *scaled, *saving, name="saving")
+    assert [model.block.dtypes for model in made] == [{torch.float32}, {torch.bfloat16}]
+    assert [model.block.calls for model in made] == [12, 24]  # each computed again once
+    assert [model.scales for model in made] == [[1024.0] * 12] * 2
+    unscaled = run(folder, "model.name=own_models:build", "train.steps=1", name="unscaled")
     if comm.rank == 0:
-        assert losses(made)[-1] < losses(made)[0]
+        assert losses(second) == pytest.approx(losses(first), rel=0.02)
+        assert losses(second)[-1] < losses(second)[0]
+        assert [float(row["loss_scale"]) for row in rows(second)] == [1024.0] * 12
+        norms = [float(rows(each)[0]["grad_norm"]) for each in (first, unscaled)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # taken out of the gradients again
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("comm.priority=true",), ("comm.priority=false",)),
+        (
+            ("comm.reproducible=true", "comm.bucket_mb=0.05"),
+            ("comm.reproducible=true", "comm.bucket_mb=0.02"),
+        ),
+    ],
+    ids=["priority", "bucket size"],
+)
+def test_what_changes_no_bit(
+    folder: Path, comm: MPI.Intracomm, one: tuple[str, ...], other: tuple[str, ...]
+) -> None:
+    same = ("comm.first_bucket_mb=0.01", f"topology.ranks_per_node={max(1, comm.size // 2)}")
+    made = [run(folder, *same, *words, name=words[-1]) for words in (one, other)]
+    if comm.rank == 0:
+        first, second = ([(row["loss"], row["grad_norm"]) for row in rows(each)] for each in made)
+        assert first == second
 
 
 def test_the_dry_run_tells_the_bytes_that_are_sent(folder: Path, comm: MPI.Intracomm) -> None:
@@ -181,14 +294,13 @@ def test_the_dry_run_tells_the_bytes_that_are_sent(folder: Path, comm: MPI.Intra
         return
     config = configs.load(None, tiny(*words))
     topology = dryrun.assume_topology(config, comm.size, 0)
-    algorithm, rail = dryrun.algorithms(config.comm, topology)
     sizes = dryrun.measure(config, data.build(config), 1)
-    nbytes = sum(parameter.numel * parameter.itemsize for parameter in sizes.parameters)
-    told = dryrun.traffic(topology, algorithm, rail, nbytes)
+    parts = dryrun.exchanges(config.comm, topology, dryrun.plan(config, sizes))
+    told = dryrun.traffic(topology, parts)
     assert summary(made)["internode_bytes_per_step"] == pytest.approx(
         told.node_far * topology.node_count, rel=0.02
     )
-    assert summary(made)["algorithm"] == algorithm
+    assert {name for name, _ in parts} == {summary(made)["algorithm"]}
 
 
 # --- what goes wrong --------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import pytest
 
 from hpcsync import config as configs
 from hpcsync import data, dryrun, models
+from hpcsync.collectives import choice
 from hpcsync.config import CommConfig
+from hpcsync.device import dtype_of
 from hpcsync.errors import LaunchError, ModelError, UserError
 from hpcsync.topology import Topology
 
@@ -121,7 +123,7 @@ def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
     nodes, nbytes = 4, 1e6
     topology = Topology.group([f"n{rank // per_node}" for rank in range(nodes * per_node)])
     for rail in ("direct", "ring", "halving", "native"):
-        moved = dryrun.traffic(topology, "hierarchical", rail, nbytes)
+        moved = dryrun.traffic(topology, {("hierarchical", rail): nbytes})
         assert moved.node_far == pytest.approx(2 * (nodes - 1) / nodes * nbytes)
         assert moved.rank_far == pytest.approx(moved.node_far / per_node)
         assert moved.rank_near == pytest.approx(2 * (per_node - 1) / per_node * nbytes)
@@ -129,21 +131,48 @@ def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
 
 @pytest.mark.parametrize("algorithm", ["direct", "ring", "halving", "doubling", "native"])
 def test_flat_bytes(algorithm: str) -> None:
-    one_node = dryrun.traffic(Topology.group(["a"] * 4), algorithm, "direct", 1e6)
+    one_node = dryrun.traffic(Topology.group(["a"] * 4), {(algorithm, ""): 1e6})
     assert one_node.rank_far == one_node.node_far == 0
     assert one_node.rank_near == pytest.approx(2e6 if algorithm == "doubling" else 1.5e6)
-    two_nodes = dryrun.traffic(Topology.group(["a", "a", "b", "b"]), algorithm, "direct", 1e6)
+    two_nodes = dryrun.traffic(Topology.group(["a", "a", "b", "b"]), {(algorithm, ""): 1e6})
     assert two_nodes.node_far > 0
 
 
 def test_uneven_nodes() -> None:
-    moved = dryrun.traffic(Topology.group(["a", "a", "a", "b", "b"]), "hierarchical", "direct", 1e6)
+    uneven = Topology.group(["a", "a", "a", "b", "b"])
+    moved = dryrun.traffic(uneven, {("hierarchical", "direct"): 1e6})
     assert moved.node_far == pytest.approx(1e6)
 
 
-def test_auto_is_hierarchical_over_nodes_only() -> None:
-    one, two = Topology.group(["a", "a"]), Topology.group(["a", "b"])
-    assert dryrun.algorithms(CommConfig(), one) == ("direct", "direct")
-    assert dryrun.algorithms(CommConfig(), two) == ("hierarchical", "direct")
-    assert dryrun.algorithms(CommConfig(algorithm="ring"), two)[0] == "ring"
-    assert dryrun.algorithms(CommConfig(reproducible=True), two) == ("direct", "direct")
+def test_the_rails_algorithm_is_chosen_by_the_segment() -> None:
+    """As the run does: what a segment's shard weighs decides, not the number of nodes."""
+    config = configs.load(None, ["data.options={max_mb=0.5}", "comm.segment_mb=0.25"])
+    topology = Topology.group([f"n{rank // 2}" for rank in range(64)])
+    plans = dryrun.plan(config, dryrun.measure(config, data.build(config), 1))
+    parts = dryrun.exchanges(config.comm, topology, plans)
+    assert sum(parts.values()) == sum(plan.nbytes for plan in plans)
+    small = choice.rail_algorithm(config.comm, 32, 1 << 17, dtype_of("float32"))
+    assert parts.most_common()[0][0] == ("hierarchical", small)
+    assert dryrun.exchanges(CommConfig(reproducible=True), topology, plans).keys() == {
+        ("direct", "")
+    }
+
+
+def test_what_receives_messages_is_counted() -> None:
+    two = Topology.group(["a", "a", "b", "b"])
+    parts = {("hierarchical", "direct"): 1e6}
+    assert dryrun.scratch(CommConfig(), two, parts) == pytest.approx(1e6 / 4)
+    assert dryrun.scratch(CommConfig(), two, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
+    one = Topology.group(["a"] * 4)
+    assert dryrun.scratch(CommConfig(), one, {("direct", ""): 1e6}) == 0
+    over_mpi = CommConfig(node_transport="mpi_host")
+    assert dryrun.scratch(over_mpi, one, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
+
+
+def test_many_ranks_are_not_taken_to_be_on_one_node() -> None:
+    text = report("train.global_batch=512", ranks=512)
+    assert "512 ranks assumed on 64 nodes of 8; give --nodes to say otherwise" in text
+    assert "between nodes" in text
+    assert "assumed" not in report("train.global_batch=512", ranks=512, nodes=32)
+    assert "assumed" not in report("train.global_batch=512", "topology.ranks_per_node=4", ranks=512)
+    assert "assumed" not in report(ranks=8)
