@@ -128,7 +128,10 @@ def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, 
     machine = banner.Machine(
         mpi=launch.mpi_library(),
         threads=launch.thread_level(),
-        devices=f"{parts.engine.device.type}, {threads} a rank, torch {torch.__version__}",
+        devices=(
+            f"{parts.engine.device.type} (this version computes on CPUs only), {threads} a rank, "
+            f"torch {torch.__version__}"
+        ),
         transports=parts.parallel.collectives.describe_transports(),
         buckets=parts.parallel.reducer.buckets_description(),
         algorithm=parts.parallel.reducer.algorithm,

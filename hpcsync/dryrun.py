@@ -94,6 +94,7 @@ def report(config: Config, ranks: int, nodes: int = 0) -> str:
         ("dry run", "nothing is trained, and nothing but text is written"),
         ("ranks", topology.describe() + assumed),
         ("nodes", banner.nodes(topology)),
+        ("devices", "cpu: this version computes on CPUs only"),
         ("exchange", f"{_names(parts)}; codec {config.compress.codec}"),
         ("buckets", _buckets(plans)),
         ("model", _model(config, sizes)),

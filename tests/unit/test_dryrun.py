@@ -173,6 +173,7 @@ def test_many_ranks_are_not_taken_to_be_on_one_node() -> None:
     text = report("train.global_batch=512", ranks=512)
     assert "512 ranks assumed on 64 nodes of 8; give --nodes to say otherwise" in text
     assert "between nodes" in text
+    assert "this version computes on CPUs only" in text
     assert "assumed" not in report("train.global_batch=512", ranks=512, nodes=32)
     assert "assumed" not in report("train.global_batch=512", "topology.ranks_per_node=4", ranks=512)
     assert "assumed" not in report(ranks=8)
