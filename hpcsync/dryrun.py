@@ -7,25 +7,23 @@ see what it keeps for the backward pass; so a model of any size is described by 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import banner, data, models, schedules
+from . import banner, data, models
 from . import config as configs
 from .collectives import choice
-from .config import CommConfig, Config
+from .config import Config
 from .data import Source
 from .device import dtype_of
 from .errors import DataError, LaunchError, ModelError
+from .exchange import Traffic, exchanges, scratch, traffic
 from .gradients.plan import BucketPlan, Parameter, arena_bytes, plan_buckets
-from .schedules.base import Action, Kind, Schedule
-from .schedules.hierarchical import compose
 from .topology import Topology
 
 _MIB = 1 << 20
@@ -60,15 +58,6 @@ class Sizes:
     counts: models.ParameterCounts
     parameters: tuple[Parameter, ...]
     activations: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """Bytes that are sent in a step: by the busiest rank of a node, and over the node's link."""
-
-    rank_near: float
-    rank_far: float
-    node_far: float
 
 
 def report(config: Config, ranks: int, nodes: int = 0) -> str:
@@ -227,108 +216,6 @@ def _source(config: Config) -> tuple[Source, str]:
             assumed = AssumedSource(256, 256, (context,), "byte", context)
         return assumed, f"NOT FOUND HERE, its shapes are assumed\n{error}"
     return source, data.describe(source)
-
-
-def exchanges(
-    comm: CommConfig, topology: Topology, plans: Sequence[BucketPlan]
-) -> Counter[tuple[str, str]]:
-    """Bytes by the algorithm over all ranks and that along the rails, which serve them.
-
-    The second is empty where there are no rails.
-    """
-    found: Counter[tuple[str, str]] = Counter()
-    for plan in plans:
-        dtype = dtype_of(plan.dtype)
-        align = max(1, 64 // dtype.itemsize)
-        name = choice.resolve(comm, topology, dtype)
-        pieces = 1 if name == "native" else choice.segments(comm, topology, plan.nbytes)
-        for start, stop in pairwise(schedules.chunk_bounds(plan.numel, pieces, align)):
-            rail = ""
-            if name == "hierarchical":
-                shard = schedules.chunk_bounds(stop - start, topology.rails, align)[1]
-                nbytes = shard * dtype.itemsize
-                rail = choice.rail_algorithm(comm, topology.node_count, nbytes, dtype)
-            found[name, rail] += (stop - start) * dtype.itemsize
-    return found
-
-
-def traffic(topology: Topology, parts: Mapping[tuple[str, str], float]) -> Traffic:
-    """Bytes a step, from the schedules of the first node's ranks; ``parts`` as of ``exchanges``."""
-    ranks = topology.nodes[0]
-    near, far = [0.0] * len(ranks), [0.0] * len(ranks)
-    for (algorithm, rail), nbytes in parts.items():
-        for place, rank in enumerate(ranks):
-            inside, outside = _sent(topology, rank, algorithm, rail, nbytes)
-            near[place] += inside
-            far[place] += outside
-    return Traffic(rank_near=max(near), rank_far=max(far), node_far=sum(far))
-
-
-def scratch(comm: CommConfig, topology: Topology, parts: Mapping[tuple[str, str], float]) -> float:
-    """Bytes in which a rank receives what it adds: of messages only, since a node's ranks read
-    each other's memory."""
-    rank, total = topology.nodes[0][0], 0.0
-    messages = comm.node_transport == "mpi_host"
-    for (algorithm, rail), nbytes in parts.items():
-        if algorithm != "hierarchical":
-            if messages or topology.node_count > 1:
-                schedule = schedules.build(algorithm, Kind.ALLREDUCE, rank, topology.size)
-                total += nbytes * _received(schedule)
-            continue
-        for level in compose(topology.nodes, rank, rail="direct" if rail == "native" else rail):
-            if level.name != "node":
-                if rail == "native":
-                    continue  # MPI's own memory
-                total += nbytes / topology.rails * _received(level.schedule)
-            elif messages:
-                total += nbytes * _received(level.schedule)
-    return total
-
-
-def _received(schedule: Schedule) -> float:
-    """The largest share of the buffer that comes in one step to be added."""
-    return max(
-        (
-            sum(move.hi - move.lo for move in step.recvs) / schedule.chunks
-            for step in schedule.steps
-            if step.action is Action.REDUCE
-        ),
-        default=0.0,
-    )
-
-
-def _sent(
-    topology: Topology, rank: int, algorithm: str, rail: str, nbytes: float
-) -> tuple[float, float]:
-    """Bytes that a rank sends within its node, and to other nodes."""
-    if algorithm != "hierarchical":
-        every = tuple(range(topology.size))
-        schedule = schedules.build(algorithm, Kind.ALLREDUCE, rank, topology.size)
-        return _moved(topology, rank, every, schedule, nbytes)
-    near = far = 0.0
-    native = rail == "native"
-    for level in compose(topology.nodes, rank, rail="ring" if native else rail):
-        size = nbytes if level.name == "node" else nbytes / topology.rails
-        inside, outside = _moved(topology, rank, level.group, level.schedule, size)
-        near, far = near + inside, far + outside
-    return near, far
-
-
-def _moved(
-    topology: Topology, rank: int, group: Sequence[int], schedule: Schedule, nbytes: float
-) -> tuple[float, float]:
-    if schedule.name == "native":  # MPI does not tell; what a ring would send
-        moved = 2 * nbytes * (len(group) - 1) / len(group)
-        return (0.0, moved) if topology.node_count > 1 else (moved, 0.0)
-    near = far = 0.0
-    for step in schedule.steps:
-        for move in step.sends:
-            part = nbytes * (move.hi - move.lo) / schedule.chunks
-            if topology.node_of(group[move.peer]) == topology.node_of(rank):
-                near += part
-            else:
-                far += part
-    return near, far
 
 
 def _buckets(plans: Sequence[BucketPlan]) -> str:

@@ -18,7 +18,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from hpcsync import assembly, data, dryrun, launch, models, train
+from hpcsync import assembly, data, dryrun, exchange, launch, models, train
 from hpcsync import config as configs
 from hpcsync.config import Config
 from hpcsync.engine import learning_rate
@@ -295,8 +295,8 @@ def test_the_dry_run_tells_the_bytes_that_are_sent(folder: Path, comm: MPI.Intra
     config = configs.load(None, tiny(*words))
     topology = dryrun.assume_topology(config, comm.size, 0)
     sizes = dryrun.measure(config, data.build(config), 1)
-    parts = dryrun.exchanges(config.comm, topology, dryrun.plan(config, sizes))
-    told = dryrun.traffic(topology, parts)
+    parts = exchange.exchanges(config.comm, topology, dryrun.plan(config, sizes))
+    told = exchange.traffic(topology, parts)
     assert summary(made)["internode_bytes_per_step"] == pytest.approx(
         told.node_far * topology.node_count, rel=0.02
     )

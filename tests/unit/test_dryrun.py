@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpcsync import config as configs
-from hpcsync import data, dryrun, models
+from hpcsync import data, dryrun, exchange, models
 from hpcsync.collectives import choice
 from hpcsync.config import CommConfig
 from hpcsync.device import dtype_of
@@ -123,7 +123,7 @@ def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
     nodes, nbytes = 4, 1e6
     topology = Topology.group([f"n{rank // per_node}" for rank in range(nodes * per_node)])
     for rail in ("direct", "ring", "halving", "native"):
-        moved = dryrun.traffic(topology, {("hierarchical", rail): nbytes})
+        moved = exchange.traffic(topology, {("hierarchical", rail): nbytes})
         assert moved.node_far == pytest.approx(2 * (nodes - 1) / nodes * nbytes)
         assert moved.rank_far == pytest.approx(moved.node_far / per_node)
         assert moved.rank_near == pytest.approx(2 * (per_node - 1) / per_node * nbytes)
@@ -131,16 +131,16 @@ def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
 
 @pytest.mark.parametrize("algorithm", ["direct", "ring", "halving", "doubling", "native"])
 def test_flat_bytes(algorithm: str) -> None:
-    one_node = dryrun.traffic(Topology.group(["a"] * 4), {(algorithm, ""): 1e6})
+    one_node = exchange.traffic(Topology.group(["a"] * 4), {(algorithm, ""): 1e6})
     assert one_node.rank_far == one_node.node_far == 0
     assert one_node.rank_near == pytest.approx(2e6 if algorithm == "doubling" else 1.5e6)
-    two_nodes = dryrun.traffic(Topology.group(["a", "a", "b", "b"]), {(algorithm, ""): 1e6})
+    two_nodes = exchange.traffic(Topology.group(["a", "a", "b", "b"]), {(algorithm, ""): 1e6})
     assert two_nodes.node_far > 0
 
 
 def test_uneven_nodes() -> None:
     uneven = Topology.group(["a", "a", "a", "b", "b"])
-    moved = dryrun.traffic(uneven, {("hierarchical", "direct"): 1e6})
+    moved = exchange.traffic(uneven, {("hierarchical", "direct"): 1e6})
     assert moved.node_far == pytest.approx(1e6)
 
 
@@ -149,11 +149,11 @@ def test_the_rails_algorithm_is_chosen_by_the_segment() -> None:
     config = configs.load(None, ["data.options={max_mb=0.5}", "comm.segment_mb=0.25"])
     topology = Topology.group([f"n{rank // 2}" for rank in range(64)])
     plans = dryrun.plan(config, dryrun.measure(config, data.build(config), 1))
-    parts = dryrun.exchanges(config.comm, topology, plans)
+    parts = exchange.exchanges(config.comm, topology, plans)
     assert sum(parts.values()) == sum(plan.nbytes for plan in plans)
     small = choice.rail_algorithm(config.comm, 32, 1 << 17, dtype_of("float32"))
     assert parts.most_common()[0][0] == ("hierarchical", small)
-    assert dryrun.exchanges(CommConfig(reproducible=True), topology, plans).keys() == {
+    assert exchange.exchanges(CommConfig(reproducible=True), topology, plans).keys() == {
         ("direct", "")
     }
 
@@ -161,12 +161,12 @@ def test_the_rails_algorithm_is_chosen_by_the_segment() -> None:
 def test_what_receives_messages_is_counted() -> None:
     two = Topology.group(["a", "a", "b", "b"])
     parts = {("hierarchical", "direct"): 1e6}
-    assert dryrun.scratch(CommConfig(), two, parts) == pytest.approx(1e6 / 4)
-    assert dryrun.scratch(CommConfig(), two, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
+    assert exchange.scratch(CommConfig(), two, parts) == pytest.approx(1e6 / 4)
+    assert exchange.scratch(CommConfig(), two, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
     one = Topology.group(["a"] * 4)
-    assert dryrun.scratch(CommConfig(), one, {("direct", ""): 1e6}) == 0
+    assert exchange.scratch(CommConfig(), one, {("direct", ""): 1e6}) == 0
     over_mpi = CommConfig(node_transport="mpi_host")
-    assert dryrun.scratch(over_mpi, one, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
+    assert exchange.scratch(over_mpi, one, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
 
 
 def test_many_ranks_are_not_taken_to_be_on_one_node() -> None:

@@ -11,6 +11,7 @@ from hpcsync import config as configs
 from hpcsync.arguments import Arguments, parse
 from hpcsync.config import Config
 from hpcsync.errors import ConfigError, UserError
+from hpcsync.observers import Observer, Observers
 from hpcsync.topology import Topology
 
 
@@ -152,3 +153,14 @@ def test_words_for_numbers() -> None:
         "1.85 million",
         "175 billion",
     ]
+
+
+def test_a_full_disk_does_not_hide_why_a_run_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(Observer):
+        def ended(self, status: str, detail: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    train._ended(Observers([Full()]), "failed", "the reason")
+    told = capsys.readouterr().err
+    assert told.startswith("hpcsync: warning: the run's files are not complete: OSError")
+    assert told.count("\n") == 1
