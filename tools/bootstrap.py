@@ -108,6 +108,15 @@ def make_environment(where: Path) -> None:
     )
 
 
+def usable(python: Path) -> bool:
+    """Whether an environment is there, with pip and of this Python's version.
+
+    One that was half made, or made by hand, is completed rather than wiped.
+    """
+    probe = f"import pip, sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    return python.exists() and _quiet(str(python), "-c", probe) is None
+
+
 def fingerprint() -> str:
     """A digest of all that decides what is installed."""
     digest = hashlib.sha256()
@@ -150,7 +159,7 @@ def prepare(where: Path, extras: list[str]) -> Path:
     if have is not None and set(extras) <= set(have):
         return python
     wanted = sorted(set(extras) | set(have or ()))
-    if have is None:
+    if not usable(python):
         make_environment(where)
     stamp.unlink(missing_ok=True)
     install(python, wanted)
