@@ -27,7 +27,7 @@ from . import launch
 from .collectives import Collectives
 from .collectives.eager import Eager
 from .device import dtype_of
-from .errors import LaunchError
+from .errors import ConfigError, LaunchError
 from .exits import Exits
 from .parallel import data_parallel
 
@@ -155,12 +155,10 @@ class DataParallel(data_parallel.DataParallel):
         broadcast_buffers: bool = True,
     ) -> None:
         session = _current()
-        wanted = [f'compress.codec="{codec}"']
-        if bucket_cap_mb is not None:
-            wanted.append(f"comm.bucket_mb={bucket_cap_mb}")
-        checked = configuration.load(None, wanted)
+        _check("codec", f'compress.codec="{codec}"')
         comm = session.config.comm
         if bucket_cap_mb is not None:
+            checked = _check("bucket_cap_mb", f"comm.bucket_mb={bucket_cap_mb}")
             comm = dataclasses.replace(comm, bucket_mb=checked.comm.bucket_mb)
         super().__init__(
             module,
@@ -171,8 +169,24 @@ class DataParallel(data_parallel.DataParallel):
         )
 
 
+def _check(argument: str, setting: str) -> configuration.Config:
+    """A deck of one setting; what is wrong with it is wrong with ``argument``."""
+    try:
+        return configuration.load(None, [setting])
+    except ConfigError as error:
+        key = setting.partition("=")[0]
+        raise ConfigError(
+            [
+                f"{argument}: {problem.removeprefix(f'command line: {key}: ')}"
+                for problem in error.problems
+            ]
+        ) from None
+
+
 def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
     """A new tensor with the average, sum, minimum or maximum of the ranks' tensors.
+
+    It is outside autograd: no gradient flows through it, and the result asks for none.
 
     Args:
         tensor: any shape, the same on every rank; float16, bfloat16 (added in float32), float32,
@@ -185,7 +199,11 @@ def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
 
 
 def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
-    """``allreduce`` in place; the tensor must be contiguous."""
+    """``allreduce`` in place; returns ``tensor``, which must be contiguous. Outside autograd, too.
+
+    Raises:
+        ValueError: as ``allreduce``, or the tensor is not contiguous.
+    """
     session = _current()
     if not isinstance(op, Op):
         raise ValueError(f"allreduce: op={op!r} is none of Average, Sum, Min, Max of hpcsync")
