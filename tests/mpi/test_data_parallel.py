@@ -706,14 +706,15 @@ def test_accumulation_over_branches_that_differ(wrap: Wrap) -> None:
         total: Tensor = first + model(vectors(1, rank), 0).square().sum()
         return total
 
-    for round_ in range(3):
+    for round_ in range(5):
+        dropped = round_ % 2 == 1
         ours.zero_grad()
         with ours.no_sync():
             ours(vectors(0, RANK), 1 if RANK == 0 else 2).square().sum().backward()
-        if round_ == 1:  # thrown away
+        if dropped:
             ours.zero_grad()
         ours(vectors(1, RANK), 0).square().sum().backward()
-        if round_ == 1:
+        if dropped:
             wanted = mean_of_ranks(
                 ours.module, lambda m, s, r: m(vectors(1, r), 0).square().sum(), 0
             )
@@ -904,7 +905,7 @@ def test_state_of_the_wrapper_is_that_of_ddp(wrap: Wrap) -> None:
     ours = wrap(model)
     assert list(ours.state_dict()) == [f"module.{name}" for name in model.state_dict()]
     ours.load_state_dict({name: torch.zeros_like(v) for name, v in ours.state_dict().items()})
-    assert float(sum(param.abs().sum() for param in model.parameters())) == 0
+    assert not any(param.detach().any() for param in model.parameters())
 
 
 def test_gradients_are_views_of_the_buckets(wrap: Wrap) -> None:
