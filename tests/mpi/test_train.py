@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from hpcsync import assembly, data, dryrun, exchange, launch, models, train
 from hpcsync import config as configs
 from hpcsync.config import Config
-from hpcsync.engine import learning_rate
 from hpcsync.launch import AgreedError
 from hpcsync.observers import Observers
+from hpcsync.rules import learning_rate
 from hpcsync.stopping import StopSignals
 
 pytestmark = pytest.mark.mpi

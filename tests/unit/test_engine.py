@@ -16,14 +16,13 @@ from hpcsync.config import TrainConfig
 from hpcsync.engine import (
     Engine,
     ExhaustedError,
-    LossScale,
     compile_model,
     is_out_of_memory,
-    learning_rate,
     make_optimizer,
     memory_errors,
 )
 from hpcsync.errors import NonFiniteError, UserError
+from hpcsync.rules import LossScale, learning_rate
 
 
 class Net(nn.Module):
