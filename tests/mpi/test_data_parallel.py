@@ -233,7 +233,7 @@ def mean_of_ranks(model: nn.Module, loss: Loss, step: int) -> dict[str, Tensor |
 # -- against torch ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [0, 2, 3])
+@pytest.mark.parametrize("width", [0, 3])
 @pytest.mark.parametrize("case", ["gpt", "convnet", "mixture"])
 def test_gradients_are_those_of_ddp(wrap: Wrap, gloo: None, case: str, width: int) -> None:
     build, loss = CASES[case]
@@ -242,7 +242,7 @@ def test_gradients_are_those_of_ddp(wrap: Wrap, gloo: None, case: str, width: in
         build(), bucket_cap_mb=0.001, find_unused_parameters=case == "mixture"
     )
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (ours, theirs)]
-    for step in range(4):
+    for step in range(3):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
             if case == "mixture":  # DDP sees one forward pass a step
