@@ -8,6 +8,8 @@ Nothing heavy is imported before the arguments are understood.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import signal
@@ -41,20 +43,45 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def command(argv: Sequence[str]) -> int:
     """Run the command and return its exit status."""
-    try:
-        arguments = parse(argv)
-    except UserError:
-        return run(argv)  # which has rank 0 alone tell it, once the ranks know who that is
-    if arguments.explain is not None:
-        print(configs.explain(arguments.explain))
-        return 0
-    if arguments.dry_run:
-        from . import dryrun
-
-        config = configs.load(arguments.deck, arguments.overrides)
-        print(dryrun.report(config, max(1, arguments.ranks), arguments.nodes))
-        return 0
+    with _quiet_unless_first():
+        try:
+            arguments = parse(argv)
+        except UserError:
+            arguments = None
+        if arguments is not None and (arguments.explain is not None or arguments.dry_run):
+            try:
+                print(_answer(arguments))
+            except UserError:
+                if _launched_as() == 0:
+                    raise
+                return 2
+            return 0
+    # What cannot be understood is told there, by rank 0 once the ranks know who that is.
     return run(argv)
+
+
+def _answer(arguments: Arguments) -> str:
+    """What is asked for without training."""
+    if arguments.explain is not None:
+        return configs.explain(arguments.explain)
+    from . import dryrun
+
+    config = configs.load(arguments.deck, arguments.overrides)
+    return dryrun.report(config, max(1, arguments.ranks), arguments.nodes)
+
+
+def _quiet_unless_first() -> contextlib.AbstractContextManager[object]:
+    """Drop what this process prints if it is one of several, and not the first."""
+    if _launched_as() == 0:
+        return contextlib.nullcontext()
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _launched_as() -> int:
+    """This process's rank as its launcher tells it, before there is an MPI to ask."""
+    names = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+    told = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(told) if told.isdigit() else 0
 
 
 def run(argv: Sequence[str]) -> int:

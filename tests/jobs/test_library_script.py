@@ -171,3 +171,19 @@ def test_all_that_a_script_may_call(tmp_path: Path) -> None:
     assert outcome.status == 0, outcome.describe()
     assert outcome.stdout.count("done") == 2
     assert outcome.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "usage: "),
+        (["--explain", "comm.bucket_mb"], 0, "comm.bucket_mb"),
+        (["--explain", "comm.bucket_mbs"], 2, "hpcsync: error: "),
+        (["--dry-run", "train.steps=many"], 2, "hpcsync: error: "),
+    ],
+)
+def test_what_needs_no_mpi_is_told_once(words: list[str], status: int, said: str) -> None:
+    outcome = launcher.run(4, "-m", "hpcsync.train", *words, timeout=60)
+    outcome.assert_clean()
+    assert outcome.status == status, outcome.describe()
+    assert sum(line.startswith(said) for line in outcome.text.splitlines()) == 1, outcome.describe()
