@@ -201,7 +201,7 @@ class CommConfig:
         16.0, "MiB on the way at once; more waits, so that what is urgent can pass.", above=0
     )
     segment_mb: float = key(
-        2.0, "Size in MiB of the pieces of a bucket, exchanged one behind the other.", above=0
+        1.0, "Size in MiB of the pieces of a bucket, exchanged one behind the other.", above=0
     )
     timeout_s: float = key(
         300.0,

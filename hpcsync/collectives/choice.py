@@ -14,7 +14,7 @@ from ..topology import Topology
 
 _MIB = 1 << 20
 # One node has no network whose time the pieces could fill, and fewer of them cost less.
-_ONE_NODE_SEGMENTS = 8
+_ONE_NODE_SEGMENTS = 16
 # What the choice takes a network between nodes to be: 10 Gbit/s, 30 us a message.
 _LINK = schedules.Link(alpha_s=30e-6, beta_s_per_byte=8e-10, gamma_s_per_byte=1e-10)
 

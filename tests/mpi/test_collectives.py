@@ -426,7 +426,7 @@ def test_segments_and_bounds(opened: Open) -> None:
     """What is on the wire is what was cut: all elements, once."""
     collectives = opened(1, segment_mb=TINY)
     assert choice.segments(collectives.config, collectives.topology, 1 << 20) == (
-        1024 if MPI.COMM_WORLD.size > 1 else 128
+        1024 if MPI.COMM_WORLD.size > 1 else 64
     )
     bounds = schedules.chunk_bounds(1000, 7, 16)
     assert (bounds[0], bounds[-1]) == (0, 1000)
