@@ -10,7 +10,8 @@ The columns are nccl-tests': size, count, type, time, algbw (size / time), busbw
 times every contender once, in an order that changes; the time of a round is the slowest rank's
 mean over some calls in a row, and the table shows the median over rounds. "x mpi" and "x gloo"
 say how many times as fast as those; "bound" is time over that of a hierarchical sum whose
-only cost is the shaped link; "sent" is what a node sent through its interfaces in one call.
+only cost is the shaped link; "sent" is what a node sent through its interfaces in one call;
+"cpu" is the processor time of rank 0, all threads, in percent of the time.
 
 "hpcsync" rows run through the progress thread and the node's shared memory as training does;
 "native" there is MPI's nonblocking allreduce. Needs torch for Gloo only, which takes part on
@@ -203,29 +204,32 @@ class Bench:
             contender.run()
             spent, error = self.runtime.allreduce_scalar([spent, error], "max")
             repeats.append(calls or max(1, min(MOST_CALLS, int(ROUND_S / spent))))
-            rows.append({"name": contender.name, "error": error, "seconds": [], "sent": []})
+            rows.append({"name": contender.name, "error": error})
+            rows[-1] |= {"seconds": [], "sent": [], "cpu": []}
         order = list(range(len(rows)))
         shuffle = random.Random(count)
         for _ in range(rounds):
             shuffle.shuffle(order)
             for index in order:
-                seconds, sent = self._round(self.contenders[index], repeats[index])
+                seconds, sent, cpu = self._round(self.contenders[index], repeats[index])
                 rows[index]["seconds"].append(seconds)
                 rows[index]["sent"].append(sent)
+                rows[index]["cpu"].append(cpu)
         for row in rows:
             row["seconds"] = self.runtime.allreduce_scalar(row["seconds"], "max")
         return rows
 
-    def _round(self, contender: Contender, calls: int) -> tuple[float, float]:
-        """Seconds a call on this rank, and bytes a call that its node sent."""
+    def _round(self, contender: Contender, calls: int) -> tuple[float, float, float]:
+        """Seconds and share of a core a call on this rank, and bytes that its node sent."""
         before = benchmark.wire_bytes()
         self.barrier()
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         for _ in range(calls):
             contender.run()
         seconds = (time.perf_counter() - start) / calls
+        cpu = (time.process_time() - busy) / calls / seconds
         self.barrier()
-        return seconds, (benchmark.wire_bytes() - before) / calls
+        return seconds, (benchmark.wire_bytes() - before) / calls, cpu
 
     def _data(self, count: int) -> tuple[Any, Any]:
         """This rank's elements, and the sum over ranks made in float64."""
@@ -276,6 +280,7 @@ def summarise(row: dict[str, Any], count: int, bench: Bench, link_bits: float) -
         "busbw_gb_s": nbytes / seconds / 1e9 * 2 * (runtime.size - 1) / runtime.size,
         "times_bound": seconds / bound if bound else None,
         "sent_bytes": median(row["sent"]),
+        "cpu_share": median(row["cpu"]),
         # Rounding of p terms one after the other, against the largest sum.
         "right": row["error"] <= 2 * runtime.size * EPSILON[bench.dtype.name],
     }
@@ -312,6 +317,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         ratio(row["x_gloo"]),
         ratio(row["times_bound"]),
         f"{row['sent_bytes'] / MIB:.2f}" if row["several_nodes"] else "",
+        f"{row['cpu_share'] * 100:.0f}",
     ]
 
 
@@ -328,6 +334,7 @@ HEADS = [
     "x_gloo",
     "x_bound",
     "sent(MiB)",
+    "cpu(%)",
 ]
 
 

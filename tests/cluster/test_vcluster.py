@@ -38,15 +38,19 @@ comm.Send(data, 1) if comm.rank == 0 else comm.Recv(data, 0)
 """
 
 GLOO = """
+import os
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 x = torch.full((3,), float(dist.get_rank() + 1))
 dist.all_reduce(x)
-print("sum", dist.get_rank(), int(x[0]))
+print("sum", dist.get_rank(), int(x[0]), flush=True)
+dist.barrier()
+os._exit(0)  # Gloo aborts now and then where a peer has closed its connection first
 """
 
 OWNER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 sys.path.insert(0, {root!r})
 from tools.vcluster import VirtualCluster
 with VirtualCluster(2, name={name!r}) as cluster:
