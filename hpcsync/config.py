@@ -216,7 +216,55 @@ class CommConfig:
 class CompressConfig:
     """Compression of gradients."""
 
-    codec: str = key("none", "How gradients are compressed on the way.", choices=("none",))
+    codec: str = key(
+        "none",
+        "How gradients are coded on the way: none, bf16, fp16, fp8, int8, int4, onebit, topk, "
+        "threshold, randomk, powersgd, int8_shared; auto measures and chooses among "
+        'compress.allow; or your own class as "package.module:name".',
+        required=True,
+    )
+    allow: Sequence[str] = key(
+        ("none", "bf16"), "Codecs among which compress.codec=auto may choose."
+    )
+    where: str = key(
+        "rail",
+        "Where gradients are coded: rail, between nodes only, where bytes are dear; or all, "
+        "between all ranks.",
+        choices=("rail", "all"),
+    )
+    error_feedback: bool = key(
+        True, "Remember what coding lost, and add it to the next step's gradient."
+    )
+    warmup: int = key(20, "First steps, which go uncoded.", minimum=0)
+    vectors: bool = key(
+        False, "Code one-dimensional parameters too (biases, norms): few bytes, much harm."
+    )
+    min_elements: int = key(1024, "Parameters of fewer elements go uncoded.", minimum=0)
+    rounding: str = key(
+        "nearest",
+        "Rounding of bf16, fp16, fp8, int8, int4 and int8_shared: to the nearest value, or "
+        "stochastic, without bias, from run.seed.",
+        choices=("nearest", "stochastic"),
+    )
+    ratio: float = key(
+        0.01, "Share of the elements that topk and randomk send.", above=0, maximum=1
+    )
+    ratio_warmup: int = key(
+        0, "Coded steps in which topk's share falls from a quarter to compress.ratio.", minimum=0
+    )
+    momentum: float = key(
+        0.0,
+        "topk's momentum correction (deep gradient compression), for optimizers without a "
+        "momentum of their own. 0: none.",
+        minimum=0,
+        below=1,
+    )
+    threshold: float = key(1e-3, "Magnitude from which threshold sends an element.", above=0)
+    rank: int = key(4, "Rank of powersgd's factors.", minimum=1)
+    verify: bool = key(
+        False, "Check each integer sum of int8_shared by a checksum; end the job where it differs."
+    )
+    options: Mapping[str, Any] = key({}, "Further settings, for codecs of your own.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
