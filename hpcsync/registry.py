@@ -15,30 +15,36 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcsync.errors import DataError, HpcsyncError, ModelError, UserError
+from hpcsync.errors import ConfigError, DataError, HpcsyncError, ModelError, UserError
 from hpcsync.wording import suggest
 
 Factory = Callable[..., Any]
 
-_ERRORS: dict[str, type[UserError]] = {"model": ModelError, "data": DataError}
+_ERRORS: dict[str, type[UserError]] = {
+    "model": ModelError,
+    "data": DataError,
+    "compress": ConfigError,
+}
+_KEYS = {"compress": "codec"}  # the deck's key of a family; else ``name``
 
 
 def resolve(kind: str, name: str, builtins: Mapping[str, str]) -> Factory:
     """The factory that ``name`` stands for.
 
-    ``kind`` is the deck's section, ``"model"`` or ``"data"``: messages name its key ``KIND.name``,
-    and errors are ``ModelError`` or ``DataError``, one line each. ``builtins`` maps short names
+    ``kind`` is the deck's section, ``"model"``, ``"data"`` or ``"compress"``: messages name its key
+    ``KIND.name`` (``compress.codec``), and errors are of the section's kind, one line each. ``builtins`` maps short names
     to ``module:attribute``. Any other name must be such a pair; the current directory is
     searched after all that is installed.
     """
     error = _ERRORS[kind]
+    key = f"{kind}.{_KEYS.get(kind, 'name')}"
     target = builtins.get(name)
     if target is None and ":" not in name:
         raise error(
-            f"{kind}.name: unknown name {name!r}{suggest(name, builtins)}; use one of "
+            f"{key}: unknown name {name!r}{suggest(name, builtins)}; use one of "
             f"{', '.join(sorted(builtins))}, or your own as 'package.module:name'"
         )
-    where = f"{kind}.name = {name!r}"
+    where = f"{key} = {name!r}"
     module_name, _, attribute = (target or name).partition(":")
     if not module_name or not attribute or module_name.startswith("."):
         raise error(f"{where}: write your own as 'package.module:name'")

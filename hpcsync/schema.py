@@ -21,6 +21,7 @@ KINDS = {
     "float": "a number",
     "str": "a text",
     "float | str": "a number",
+    "tuple[str, ...]": "a list of texts",
     "Mapping[str, Any]": "a table",
 }
 INT_MAX = 2**63 - 1
@@ -95,6 +96,8 @@ class Key:
         if self.kind == "Mapping[str, Any]" and isinstance(value, dict):
             check_plain(value)
             return value
+        if self.kind == "tuple[str, ...]" and isinstance(value, str | list | tuple):
+            return self._check_list(value)
         if "str" in self.kind.split(" | ") and isinstance(value, str):
             return self._check_text(value)
         # A bool is an int to Python, but not to whoever wrote the deck.
@@ -111,6 +114,17 @@ class Key:
         if not math.isfinite(number) or not self.rule.admits(number):
             raise ValueError(f"must be {self.accepts()}, not {describe(number)}")
         return number
+
+    def _check_list(self, value: str | list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
+        """A list of texts; on a command line also ``a,b``."""
+        items = value.split(",") if isinstance(value, str) else value
+        wrong = next((item for item in items if not isinstance(item, str)), None)
+        if wrong is not None:
+            raise ValueError(f"must be {self.accepts()}, and one of them is {describe(wrong)}")
+        texts = tuple(self._check_text(item.strip()) for item in items)
+        if self.rule.required and not texts:
+            raise ValueError("must not be empty")
+        return texts
 
     def _check_text(self, text: str) -> str:
         if self.rule.choices and text not in self.rule.choices:
