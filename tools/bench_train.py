@@ -1,43 +1,51 @@
-"""Time training steps under hpcsync, under torch DDP over Gloo, and without communication.
+"""Time training steps under hpcsync and its codecs, torch DDP over Gloo, and no communication.
 
     python tools/bench_train.py --ranks 2
     python tools/bench_train.py --ranks 4 laptop model.width=384
     python tools/bench_train.py --vcluster nodes=2,rate=1gbit --ranks-per-node 1
+    python tools/bench_train.py --vcluster nodes=2 --links 1gbit,200mbit --ranks-per-node 1 \\
+        --only none,ddp,ddp-fp16,ddp-powersgd,hpcsync,hpcsync-int8
     mpirun -n 8 python tools/bench_train.py cpu_cluster comm.bucket_mb=10
 
-Each rank holds the same model three times and trains each on the same data, by the same engine,
-in turns: blocks of steps in an order that changes from round to round. The time of a block is
-that of its slowest rank; the table shows medians over rounds of
+Each rank holds the same model once for each contender and trains it on the same data, by the same
+engine, in turns: blocks of steps in an order that changes from round to round. The contenders:
+
+    none            exchanges nothing
+    ddp             torch DDP; ddp-fp16 and ddp-powersgd (rank 4) are its hooks of these names
+    hpcsync         as the deck says
+    hpcsync-CODEC   with compress.codec=CODEC from the first step: hpcsync-int8, hpcsync-auto, ...
+
+The time of a block is that of its slowest rank; the table shows medians over rounds of
 
     step(ms)     a step: forward, backward, exchange, clipping, optimizer
     exposed(ms)  a step less one of "none" in the same round, which exchanges nothing
     cpu(ms)      processor time of a rank in a step, threads and all
     loss         of the last step, mean over ranks (under "none" every rank is on its own)
     sent(MiB)    a step, by a node through its network interfaces, headers included
-    x_ddp        how many times as fast as DDP; x_exposed: its exposed time over the row's
+    x_none       a step over one of "none"
+    x_ddp        how many times as fast as DDP; x_exposed: DDP's exposed time over the row's
 
 The deck and key=value settings are those of hpcsync.train. DDP gets the same bucket size, and
-gradients as views of its buckets.
+gradients as views of its buckets. --links shapes a virtual cluster's links to one rate after the
+other, with fresh contenders and a table for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import os
 import random
 import sys
-import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import benchmark  # noqa: E402
+from tools import benchmark, contenders, links  # noqa: E402
 from tools.benchmark import MIB, BenchmarkError, median  # noqa: E402
+from tools.contenders import Workload  # noqa: E402
 
 NAMES = ("none", "ddp", "hpcsync")
 
@@ -51,6 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("deck", nargs="*", metavar="[DECK] KEY=VALUE", help="as for hpcsync.train")
     add("--only", default=",".join(NAMES), help="contenders (%(default)s)")
+    add("--links", default="", metavar="1gbit,200mbit", help="with --vcluster: one table a rate")
     add("--rounds", type=int, default=7)
     add("--block", type=int, default=4, help="steps of one contender in a round (%(default)s)")
     add("--warm-up", type=int, default=3, help="steps before (%(default)s)")
@@ -61,138 +70,27 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-class Plain:
-    """A module that exchanges nothing, or that DDP wraps, as the engine wants it."""
-
-    def __init__(self, module: Any, wrapped: Any = None) -> None:
-        self.module, self.wrapped = module, wrapped or module
-
-    def __call__(self, inputs: Any, targets: Any) -> Any:
-        return self.wrapped(inputs, targets)
-
-    def no_sync(self) -> AbstractContextManager[Any]:
-        """DDP's own; nothing where nothing is exchanged."""
-        if self.wrapped is self.module:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.wrapped.no_sync()
-        return context
-
-    def norm(self) -> Any:
-        """2-norm of all gradients, as hpcsync.DataParallel.norm."""
-        import torch
-
-        grads = [param.grad for param in self.module.parameters() if param.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
-
-
-class Contender:
-    """A model in training."""
-
-    def __init__(self, name: str, engine: Any) -> None:
-        self.name, self.engine = name, engine
-        self.loss = float("nan")
-        self.samples: dict[str, list[float]] = {"seconds": [], "cpu": [], "sent": [], "waited": []}
-
-    def steps(self, batches: list[Any]) -> None:
-        """Train on a list of steps' micro-batches."""
-        for micro_batches in batches:
-            self.loss = self.engine.step(micro_batches).loss
-
-
 class Bench:
-    """The contenders of one job and the data that all see."""
+    """The contenders on one shape of the links."""
 
-    def __init__(self, runtime: Any, config: Any, options: argparse.Namespace) -> None:
-        import torch
-
-        from hpcsync import data, models
-
-        torch.set_num_threads(config.train.threads or torch.get_num_threads())
-        self.runtime, self.config, self.options = runtime, config, options
-        self.source = data.build(config)
-        self.sampler = data.Sampler(
-            self.source.train_size, config.train.global_batch, config.run.seed
-        )
-        torch.manual_seed(config.run.seed)
-        self.model = models.build(config.model, self.source)
-        self.parameters = sum(param.numel() for param in self.model.parameters())
-        self.contenders = [self._make(name) for name in chosen(options)]
-
-    def _make(self, name: str) -> Contender:
-        import torch
-
-        from hpcsync.engine import Engine, make_optimizer
-        from hpcsync.parallel import DataParallel
-
-        model = copy.deepcopy(self.model)
-        parallel: Any = Plain(model)
-        if name == "ddp":
-            benchmark.start_gloo(self.runtime)
-            wrapped = torch.nn.parallel.DistributedDataParallel(
-                model,
-                bucket_cap_mb=self.config.comm.bucket_mb,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=self.options.find_unused,
-            )
-            parallel = Plain(model, wrapped)
-        if name == "hpcsync":
-            parallel = DataParallel(model, runtime=self.runtime, comm=self.config.comm)
-        optimizer = make_optimizer(model, self.config.train)
-        return Contender(name, Engine(model, optimizer, parallel, self.config.train))
-
-    def batches(self, contender: Contender, count: int) -> list[Any]:
-        """The data of the contender's next steps on this rank."""
-        micros = self.config.train.accumulate
-        first = contender.engine.step_count
-        rank, size = self.runtime.rank, self.runtime.size
-        return [
-            [
-                self.source.train_batch(self.sampler.shard(step, rank, size, micro, micros))
-                for micro in range(micros)
-            ]
-            for step in range(first, first + count)
+    def __init__(self, workload: Workload, options: argparse.Namespace, rate: str = "") -> None:
+        self.workload, self.options, self.rate = workload, options, rate
+        self.contenders = [
+            workload.contender(name, find_unused=options.find_unused) for name in chosen(options)
         ]
 
     def run(self) -> None:
         """Warm up, then the rounds."""
         for contender in self.contenders:
-            contender.steps(self.batches(contender, self.options.warm_up))
+            contender.steps(self.workload.batches(contender, self.options.warm_up))
         order = list(self.contenders)
-        shuffle = random.Random(self.config.run.seed)
+        shuffle = random.Random(self.workload.config.run.seed)
         for _ in range(self.options.rounds):
             shuffle.shuffle(order)
             for contender in order:
-                self._block(contender)
+                self.workload.block(contender, self.options.block)
         for contender in self.contenders:
-            self._agree(contender)
-
-    def _block(self, contender: Contender) -> None:
-        batches = self.batches(contender, self.options.block)
-        before = benchmark.wire_bytes()
-        self.runtime.comm.Barrier()
-        cpu, start = time.process_time(), time.perf_counter()
-        contender.steps(batches)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        self.runtime.barrier()
-        stats = getattr(getattr(contender.engine.data_parallel, "reducer", None), "stats", None)
-        found = {
-            "seconds": seconds / self.options.block,
-            "cpu": cpu / self.options.block,
-            "sent": (benchmark.wire_bytes() - before) / self.options.block,
-            "waited": stats.exposed_comm_ms / 1e3 if stats else 0.0,
-        }
-        for key, value in found.items():
-            contender.samples[key].append(value)
-
-    def _agree(self, contender: Contender) -> None:
-        """The slowest rank's times, and means over ranks of the rest."""
-        runtime = self.runtime
-        samples = contender.samples
-        samples["seconds"] = runtime.allreduce_scalar(samples["seconds"], "max")
-        for key in ("cpu", "sent", "waited"):
-            total = runtime.allreduce_scalar(samples[key])
-            samples[key] = [value / runtime.size for value in total]
-        contender.loss = runtime.allreduce_scalar([contender.loss])[0] / runtime.size
+            self.workload.agree(contender)
 
     def rows(self) -> list[dict[str, Any]]:
         """The figures of the table."""
@@ -205,32 +103,44 @@ class Bench:
         rows = []
         for contender in self.contenders:
             name, samples = contender.name, contender.samples
-            pairs = zip(by_name.get("ddp", []), samples["seconds"], strict=False)
-            both = name == "hpcsync" and "ddp" in exposed and exposed[name] > 0
+            own = samples["seconds"]
+            ours = name.startswith("hpcsync")
+            both = ours and "ddp" in exposed and exposed[name] > 0
             rows.append(
                 {
                     "name": name,
-                    "step_ms": median(samples["seconds"]) * 1e3,
+                    "rate": self.rate,
+                    "step_ms": median(own) * 1e3,
                     "exposed_ms": exposed[name] * 1e3 if name != "none" and exposed else None,
-                    "waited_ms": median(samples["waited"]) * 1e3 if name == "hpcsync" else None,
+                    "waited_ms": median(samples["waited"]) * 1e3 if ours else None,
                     "cpu_ms": median(samples["cpu"]) * 1e3,
                     "loss": contender.loss,
                     "sent_bytes": median(samples["sent"]),
-                    "x_ddp": median(ddp / own for ddp, own in pairs),
+                    "x_none": _ratio(own, by_name.get("none", [])),
+                    "x_ddp": _ratio(by_name.get("ddp", []), own),
                     "x_exposed": exposed["ddp"] / exposed[name] if both else None,
                     "samples": samples,
                 }
             )
         return rows
 
+    def close(self) -> None:
+        """Free what the contenders hold; collective."""
+        for contender in self.contenders:
+            contender.close()
+
+
+def _ratio(these: list[float], those: list[float]) -> float:
+    """Median over rounds; nan without samples."""
+    return median(one / other for one, other in zip(these, those, strict=False))
+
 
 def chosen(options: argparse.Namespace) -> list[str]:
-    """Names of the contenders. Raises BenchmarkError."""
+    """Names of the contenders, each once. Raises BenchmarkError."""
     names = [name.strip() for name in options.only.split(",") if name.strip()]
     for name in names:
-        if name not in NAMES:
-            raise BenchmarkError(f"--only: no contender {name!r}; there are {', '.join(NAMES)}")
-    return [name for name in NAMES if name in names]
+        contenders.check(name)
+    return list(dict.fromkeys(names))
 
 
 HEADS = [
@@ -240,6 +150,7 @@ HEADS = [
     "cpu(ms)",
     "loss",
     "sent(MiB)",
+    "x_none",
     "x_ddp",
     "x_exposed",
 ]
@@ -258,6 +169,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(row["cpu_ms"], 1),
         number(row["loss"], 5),
         number(row["sent_bytes"] / MIB, 2),
+        number(row["x_none"], 2),
         number(row["x_ddp"], 2),
         number(row["x_exposed"], 2),
     ]
@@ -282,39 +194,58 @@ def measure(options: argparse.Namespace) -> int:
 
     with launch.start(config.TopologyConfig()) as probe:
         resolved = read_config(options, probe.size)
+    chosen(options)
+    rates = links.rates(options.links) if options.links else [""]
     with launch.start(resolved.topology, resolved.comm.timeout_s) as runtime:
-        bench = Bench(runtime, resolved, options)
-        bench.run()
-        rows = bench.rows()
-        place = options.place or runtime.topology.describe()
+        workload = Workload(runtime, resolved)
+        head = {}
         if runtime.rank == 0:
             head = {"command": benchmark.command_line(options, runtime.size)}
-            head |= benchmark.facts(place)
-            head["model"] = f"{resolved.model.name}, {bench.parameters:,} parameters"
+            head |= benchmark.facts(options.place or runtime.topology.describe())
+            head["model"] = f"{resolved.model.name}, {workload.parameters:,} parameters"
             head["batch"] = f"{resolved.train.global_batch} samples of {resolved.data.name} a step"
             head["settings"] = " ".join(options.deck) or "defaults"
-            show(options, head, rows)
-        if any(contender.name == "ddp" for contender in bench.contenders):
-            import torch.distributed as dist
-
-            runtime.barrier()
-            dist.destroy_process_group()
+            print(*(f"# {key}: {value}" for key, value in head.items()), sep="\n", flush=True)
+        cluster = links.Links(runtime, options.link_folder)
+        found: list[list[dict[str, Any]]] = []
+        for rate in rates:
+            if rate:
+                cluster.shape(rate)
+            bench = Bench(workload, options, rate)
+            bench.run()
+            found.append(bench.rows())
+            bench.close()
+            if runtime.rank == 0:
+                show(found[-1])
+        if runtime.rank == 0:
+            keep(options, head, found)
+        contenders.close_gloo(runtime)
     return 0
 
 
-def show(options: argparse.Namespace, head: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Print the table, and write what --json and --report ask for."""
-    texts = [cells(row) for row in rows]
-    print(*(f"# {key}: {value}" for key, value in head.items()), "", sep="\n")
-    print(*benchmark.table(HEADS, texts), sep="\n", flush=True)
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table of one shape of the links."""
+    rate = rows[0]["rate"]
+    title = [f"# links: {rate}"] if rate else []
+    print("", *title, *benchmark.table(HEADS, [cells(row) for row in rows]), sep="\n", flush=True)
+
+
+def keep(
+    options: argparse.Namespace, head: dict[str, str], tables: list[list[dict[str, Any]]]
+) -> None:
+    """Write what --json and --report ask for."""
     if options.json:
+        rows = [row for table in tables for row in table]
         options.json.write_text(benchmark.as_json(head | {"rows": rows}))
     if options.report:
-        note = (
+        body = [
             f"Medians of {options.rounds} rounds of {options.block} steps a contender, "
-            "interleaved; exposed: a step less one without communication in the same round."
-        )
-        body = [note, "", *benchmark.markdown(HEADS, texts)]
+            "interleaved; exposed: a step less one without communication in the same round; "
+            "x_none: a step over one without communication; x_ddp: times as fast as DDP."
+        ]
+        for rows in tables:
+            body += ["", f"## Links of {rows[0]['rate']}"] if rows[0]["rate"] else []
+            body += ["", *benchmark.markdown(HEADS, [cells(row) for row in rows])]
         path = benchmark.write_report(options.report, "Training step", head, body)
         print(f"\n# report: {os.path.relpath(path)}")
 

@@ -62,6 +62,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ranks-per-node", type=int, default=2, help="with --vcluster")
     group.add_argument("--mpi-arg", action="append", default=[], help="one argument for mpirun")
     parser.add_argument("--place", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--link-folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--link-bits", type=float, default=0.0, help=argparse.SUPPRESS)
 
 
@@ -73,12 +74,16 @@ def launched(options: argparse.Namespace, arguments: Sequence[str]) -> int | Non
     if options.place or not (options.ranks or options.vcluster):
         return None
     from tools.bootstrap import mpirun_command, mpirun_environment
+    from tools.links import rates, served
     from tools.namespaces import ClusterError, follow
     from tools.virtual_cluster import VirtualCluster
 
     script = [sys.executable, os.path.abspath(sys.argv[0]), *arguments]
     # One computing thread a rank unless the user says otherwise: ranks share the cores.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
+    links = getattr(options, "links", "")
+    if links and not options.vcluster:
+        raise BenchmarkError("--links needs --vcluster: only links of a virtual one are shaped")
     if not options.vcluster:
         script += ["--place", f"1 node x {options.ranks} ranks"]
         command = [*mpirun_command(find_mpirun(), options.ranks), *options.mpi_arg, *script]
@@ -86,14 +91,15 @@ def launched(options: argparse.Namespace, arguments: Sequence[str]) -> int | Non
         return follow([subprocess.Popen(command, env=env)])
     known = {"nodes": "2", "rate": "1gbit", "burst": "256kb", "queue": "50ms"}
     shape = known | _pairs(options.vcluster, known)
-    bits = parse_rate(shape["rate"])
-    place = f"{shape['nodes']} nodes x {options.ranks_per_node} ranks, {shape['rate']} links (tbf)"
-    script += ["--place", place, "--link-bits", str(bits)]
+    rate = rates(links)[0] if links else shape["rate"]
+    place = f"{shape['nodes']} nodes x {options.ranks_per_node} ranks"
+    place += "" if links else f", {rate} links (tbf)"
+    script += ["--place", place, "--link-bits", str(parse_rate(rate))]
     try:
-        nodes, rate = int(shape["nodes"]), shape["rate"]
-        with VirtualCluster(nodes, rate, burst=shape["burst"], queue=shape["queue"]) as cluster:
+        nodes, limits = int(shape["nodes"]), {name: shape[name] for name in ("burst", "queue")}
+        with VirtualCluster(nodes, rate, **limits) as cluster, served(cluster) as folder:
             job = cluster.spawn_mpi(
-                script,
+                [*script, "--link-folder", str(folder)],
                 options.ranks_per_node,
                 mpi_args=options.mpi_arg,
                 env={"OMP_NUM_THREADS": threads},
@@ -170,11 +176,11 @@ def command_line(options: argparse.Namespace, size: int) -> str:
     """The command that was typed, less the options that `launched` added."""
     import shlex
 
-    words, skip = [], False
+    words, skip, added = [], False, ("--place", "--link-bits", "--link-folder")
     for word in sys.argv[1:]:
-        if not skip and word not in ("--place", "--link-bits"):
+        if not skip and word not in added:
             words.append(word)
-        skip = word in ("--place", "--link-bits")
+        skip = word in added
     script = os.path.relpath(os.path.abspath(sys.argv[0]), ROOT)
     start = [] if options.ranks or options.vcluster else ["mpirun", "-n", str(size)]
     return shlex.join([*start, "python", script, *words])
