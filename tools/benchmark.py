@@ -182,7 +182,8 @@ def command_line(options: argparse.Namespace, size: int) -> str:
             words.append(word)
         skip = word in added
     script = os.path.relpath(os.path.abspath(sys.argv[0]), ROOT)
-    start = [] if options.ranks or options.vcluster else ["mpirun", "-n", str(size)]
+    alone = size == 1 or options.ranks or options.vcluster
+    start = [] if alone else ["mpirun", "-n", str(size)]
     return shlex.join([*start, "python", script, *words])
 
 
@@ -205,23 +206,25 @@ def processor() -> str:
     return os.uname().machine
 
 
-def facts(place: str) -> dict[str, str]:
+def facts(place: str, *, mpi: bool = True) -> dict[str, str]:
     """Date, hardware and versions, for the head of an output or a report."""
     import datetime
     import platform
     from importlib import metadata
 
-    from hpcsync import launch
-
     now = datetime.datetime.now(datetime.UTC)
-    versions = {"python": platform.python_version(), "MPI": launch.mpi_library()[0]}
-    for package in ("mpi4py", "numpy", "torch"):
+    versions = {"python": platform.python_version()}
+    if mpi:
+        from hpcsync import launch
+
+        versions["MPI"] = launch.mpi_library()[0]
+    for package in ("mpi4py", "numpy", "torch") if mpi else ("numpy", "torch"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-        "ranks": place,
+        "ranks" if mpi else "runs": place,
         "hardware": f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB",
         "kernel": platform.release().partition("-")[0],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
