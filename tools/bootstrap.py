@@ -4,9 +4,10 @@
     python3 tools/bootstrap.py test [arguments of pytest]
     python3 tools/bootstrap.py setup
 
-Each makes the virtual environment .venv in the checkout, or reuses it while the pins and the
-package's metadata are unchanged. Open MPI comes as a wheel; ``--system-mpi`` takes the site's MPI
-(in an environment of its own, .venv-system, because mpi4py would find the wheel's first).
+Each makes the virtual environment .venv in the checkout, or reuses it while the pins, the
+package's metadata, the sources of its native kernels and the compiler for them are unchanged.
+Open MPI comes as a wheel; ``--system-mpi`` takes the site's MPI (in an environment of its own,
+.venv-system, because mpi4py would find the wheel's first).
 
 Only the standard library is imported here, and the file parses on old Pythons, so that a Python
 that is too old is told so.
@@ -120,9 +121,13 @@ def usable(python: Path) -> bool:
 def fingerprint() -> str:
     """A digest of all that decides what is installed."""
     digest = hashlib.sha256()
-    for name in ("constraints.txt", "pyproject.toml"):
-        digest.update((ROOT / name).read_bytes())
+    native = sorted(path for path in (ROOT / "cuda").rglob("*") if path.is_file())
+    for path in (ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "setup.py", *native):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     digest.update(f"{ROOT} {os.path.realpath(sys.executable)} {sys.version}".encode())
+    # One that is installed later builds the kernels then.
+    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    digest.update(f"{compiler}".encode())
     return digest.hexdigest()
 
 

@@ -3,6 +3,10 @@
 The library is built when the package is installed, if there is a C++ compiler. Without it every
 caller has a NumPy form of the same bits, only slower. ``cuda/hpcsync_kernels.h`` documents the
 functions; a call releases the interpreter lock.
+
+A program in another language finds that header and this library by
+
+    python -c "import hpcsync.device.kernels as k; print(k.include_folder(), k.LIBRARY)"
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ABI_VERSION = 1
-LIBRARY = Path(__file__).resolve().parent.parent / "libhpcsync_kernels.so"
+PACKAGE = Path(__file__).resolve().parent.parent
+LIBRARY = PACKAGE / "libhpcsync_kernels.so"
+HEADER = "hpcsync_kernels.h"
 
 size_t, u64, f32, address = ctypes.c_size_t, ctypes.c_uint64, ctypes.c_float, ctypes.c_void_p
 
@@ -63,11 +69,30 @@ def missing() -> str:
     if load() is not None:
         return ""
     what = "are of another version" if LIBRARY.exists() else "were not built"
+    checkout = PACKAGE.parent
+    source = f"-e {checkout}" if (checkout / "setup.py").is_file() else "--force-reinstall hpcsync"
     return (
         f"the native kernels {what}: sums and codecs run in NumPy, which is slower; install a C++ "
-        f"compiler (Debian, Ubuntu: apt-get install g++) and run: {sys.executable} -m pip install "
-        "--force-reinstall --no-deps hpcsync"
+        "compiler (Debian, Ubuntu: apt-get install g++) and run: "
+        f"{sys.executable} -m pip install --no-deps {source}"
     )
+
+
+def source_folder() -> Path:
+    """The native sources: in the package where it was installed, else beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: if neither has them.
+    """
+    for folder in (PACKAGE / "cuda", PACKAGE.parent / "cuda"):
+        if (folder / HEADER).is_file():
+            return folder
+    raise FileNotFoundError(f"hpcsync's native sources are missing: no cuda/{HEADER} by {PACKAGE}")
+
+
+def include_folder() -> Path:
+    """Where a C compiler finds ``hpcsync_kernels.h``."""
+    return source_folder()
 
 
 def pointer(array: NDArray[Any] | None) -> int | None:

@@ -83,6 +83,27 @@ def test_environment_is_reused_until_the_pins_change(
     assert json.loads((where / bootstrap.STAMP).read_text())["pins"] == "other pins"
 
 
+def test_environment_is_rebuilt_when_native_sources_or_the_compiler_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "cuda" / "cpu" / "sums.cpp"
+    source.parent.mkdir(parents=True)
+    names = ("constraints.txt", "pyproject.toml", "setup.py")
+    for path in (*(tmp_path / name for name in names), source):
+        path.write_text("1")
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: None)
+    digests = [bootstrap.fingerprint()]
+    assert bootstrap.fingerprint() == digests[0]
+    source.write_text("2")
+    digests.append(bootstrap.fingerprint())
+    source.rename(source.with_name("adds.cpp"))
+    digests.append(bootstrap.fingerprint())
+    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: f"/bin/{name}")
+    digests.append(bootstrap.fingerprint())
+    assert len(set(digests)) == len(digests)
+
+
 def test_flags_of_mpirun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "is_open_mpi", lambda mpirun: True)
     monkeypatch.setattr(bootstrap, "cores", lambda: 2)
