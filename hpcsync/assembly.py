@@ -89,7 +89,13 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
     # It talks to the other ranks itself, and an agreement of ours would meet one of its own on
     # ranks that fail alone: those end the job instead.
     with memory_errors("buckets"):
-        parallel = DataParallel(model, runtime=runtime, comm=config.comm)
+        parallel = DataParallel(
+            model,
+            runtime=runtime,
+            comm=config.comm,
+            compress=config.compress,
+            seed=config.run.seed,
+        )
     optimizer = together(runtime, signals, "optimizer", lambda: make_optimizer(model, train))
     if train.compile:
         compile_model(model)

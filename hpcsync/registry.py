@@ -32,9 +32,9 @@ def resolve(kind: str, name: str, builtins: Mapping[str, str]) -> Factory:
     """The factory that ``name`` stands for.
 
     ``kind`` is the deck's section, ``"model"``, ``"data"`` or ``"compress"``: messages name its key
-    ``KIND.name`` (``compress.codec``), and errors are of the section's kind, one line each. ``builtins`` maps short names
-    to ``module:attribute``. Any other name must be such a pair; the current directory is
-    searched after all that is installed.
+    ``KIND.name`` (``compress.codec``), and errors are of the section's kind, one line each.
+    ``builtins`` maps short names to ``module:attribute``. Any other name must be such a pair; the
+    current directory is searched after all that is installed.
     """
     error = _ERRORS[kind]
     key = f"{kind}.{_KEYS.get(kind, 'name')}"

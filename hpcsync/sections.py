@@ -71,8 +71,8 @@ class TrainConfig:
     )
     optimizer: str = key(
         "adamw",
-        "Optimizer: adamw; or onebit_adam, which after train.freeze steps keeps the variance and exchanges "
-        "momentum in place of gradients, as compress.codec=onebit likes it.",
+        "Optimizer: adamw; or onebit_adam, which after train.freeze steps keeps the variance and "
+        "exchanges momentum in place of gradients, as compress.codec=onebit likes it.",
         choices=("adamw", "onebit_adam"),
     )
     freeze: int = key(100, "Steps of onebit_adam in which the variance is still learnt.", minimum=1)

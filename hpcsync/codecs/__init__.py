@@ -1,7 +1,7 @@
 """Codecs: how pieces of gradient become fewer bytes, one codec a module.
 
-    codec = codecs.build("int8", Settings())
-    used = codec.encode(values, out, store, Moment())
+codec = codecs.build("int8", Settings())
+used = codec.encode(values, out, store, Moment())
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ The run and the dry run ask here, so that what was told is what runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from .. import schedules
+from ..codecs import Codec, PieceCodec
 from ..config import CommConfig
 from ..device import DType
 from ..topology import Topology
@@ -15,6 +17,8 @@ from ..topology import Topology
 _MIB = 1 << 20
 # One node has no network whose time the pieces could fill, and fewer of them cost less.
 _ONE_NODE_SEGMENTS = 16
+# A coded piece is coded, sent and decoded one after the other: larger ones would overlap less.
+_MOST_LARGER = 4.0
 # What the choice takes a network between nodes to be: 10 Gbit/s, 30 us a message.
 _LINK = schedules.Link(alpha_s=30e-6, beta_s_per_byte=8e-10, gamma_s_per_byte=1e-10)
 
@@ -51,10 +55,45 @@ def segments(comm: CommConfig, topology: Topology, nbytes: int) -> int:
     return max(1, math.ceil(nbytes / size))
 
 
+def codes(where: str, topology: Topology) -> bool:
+    """Whether coding ``where`` codes anything on this topology; the same on all ranks."""
+    return topology.size > 1 if where == "all" else topology.node_count > 1
+
+
+def coded_segment(comm: CommConfig, codec: Codec) -> int:
+    """Bytes of gradient in a piece that is coded: a piece keeps its size on the wire, up to
+    ``_MOST_LARGER`` times as much gradient."""
+    ratio = 1.0
+    if isinstance(codec, PieceCodec):
+        probe = 1 << 16
+        ratio = 4 * probe / max(codec.expected(probe), 1.0)
+    return int(comm.segment_mb * _MIB * min(max(ratio, 1.0), _MOST_LARGER))
+
+
+def runs(bounds: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive tensors put together until they have ``size`` elements: (first, last)."""
+    start = bounds[0] if bounds else 0
+    for end in bounds[1:]:
+        if end - start >= size or (end == bounds[-1] and end > start):
+            yield start, end
+            start = end
+
+
+def balanced(starts: Sequence[int], count: int, parts: int) -> list[int]:
+    """Cuts of ``count`` elements into ``parts`` at some of ``starts``, as even as they allow."""
+    cuts = [0]
+    for part in range(1, parts):
+        wanted = count * part // parts
+        near = min((*starts, count), key=lambda at: abs(at - wanted))
+        cuts.append(max(near, cuts[-1]))
+    return [*cuts, count]
+
+
 def by_levels(comm: CommConfig, topology: Topology, dtype: DType) -> bool:
     """Whether ranks of a node exchange among themselves first, through their shared memory."""
     return topology.node_count == 1 or resolve(comm, topology, dtype) == "hierarchical"
 
 
 def _exact(dtype: DType) -> bool:
-    return dtype.storage == dtype.accumulate
+    """Whether MPI would make the same sum."""
+    return dtype.storage == dtype.accumulate and not dtype.maximum

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..transports.base import Program, Wait
+from .coding import Held
 from .progress import Job, Progress
 
 
@@ -57,6 +58,7 @@ class Collective:
         nbytes: size of the region in bytes.
         algorithm: the algorithm that was chosen.
         started_s, finished_s: ``time.perf_counter`` of the last run.
+        held: what codecs remember on this rank.
     """
 
     def __init__(self, progress: Progress, label: str, nbytes: int, algorithm: str) -> None:
@@ -65,6 +67,7 @@ class Collective:
         self.algorithm = algorithm
         self.started_s = 0.0
         self.finished_s = 0.0
+        self.held: list[Held] = []
         self._progress = progress
         self._segments: list[Segment] = []
         self._open = 0

@@ -7,24 +7,26 @@ world  all ranks                mpi_host, for the flat algorithms
 
 from __future__ import annotations
 
-import itertools
 import sys
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .. import schedules
+import numpy as np
+from numpy.typing import NDArray
+
 from ..config import CommConfig
 from ..device import DType, dtype_of, get
 from ..errors import UserError
 from ..launch import Runtime
-from ..schedules.base import Kind, Schedule
-from ..schedules.hierarchical import compose
-from ..transports.base import Buffer, Region, Transport, private_buffer, sent_bytes
+from ..transports.base import Buffer, Region, private_buffer
 from ..transports.mpi_host import Completions, MpiHost
 from ..transports.shared_memory import SharedMemory, SharedMemoryError
 from . import choice
-from .collective import Collective, Stage
+from .binding import TAGS, Binding, Ways
+from .coded import coded_segments
+from .coding import Coding
+from .collective import Collective
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _SPARE_SLOTS = 256
-_STAGES = 3  # programs a segment at most
+_STAGES = 3  # programs of a segment in a shared buffer, at most
 
 
 class Collectives:
@@ -134,6 +136,8 @@ class Collectives:
         average: bool = False,
         algorithm: str = "",
         label: str = "allreduce",
+        coding: Coding | None = None,
+        config: CommConfig | None = None,
     ) -> Collective:
         """Bind an allreduce to ``count`` elements from byte ``offset`` of ``buffer`` on.
 
@@ -141,83 +145,47 @@ class Collectives:
             average: divide the sum by the number of ranks.
             algorithm: as ``comm.algorithm``, which is taken when empty.
             label: name in reports.
+            coding: how the first elements are coded; floating dtypes only.
+            config: the ``comm`` section for this one, if not that of all.
         """
+        if coding is not None and not dtype.floating:
+            raise UserError(
+                f"{label}: codec {coding.codec.name} codes floating-point gradients only, not "
+                f"{dtype.name}; use compress.codec=none for them"
+            )
+        config = config or self.config
         if count is None:
             count = (buffer.nbytes - offset) // dtype.itemsize
-        name = choice.resolve(self.config, self.topology, dtype, algorithm)
+        name = choice.resolve(config, self.topology, dtype, algorithm)
         collective = Collective(self.progress, label, count * dtype.itemsize, name)
-        divisor = self.runtime.size if average else 1
+        ways = Ways(self.topology, self.runtime.rank, self.world, self.node, self.rail, self.shared)
+        binding = Binding(ways, config, name, self.runtime.size if average else 1, self._next_tag)
         whole = Region(buffer, offset, count, dtype)
-        pieces = choice.segments(self.config, self.topology, whole.nbytes)
-        if name == "native":
-            pieces = 1
-        bounds = schedules.chunk_bounds(count, pieces, max(1, 64 // dtype.itemsize))
-        for start, stop in itertools.pairwise(bounds):
-            region = whole.part(start, stop)
-            # Ranks of uneven nodes have different stages, but a stage has one tag on all of them.
-            self._tags += _STAGES
-            collective.add_segment(region.nbytes, self._stages(name, region, divisor))
+        coded = coding.count if coding and choice.codes(coding.where, self.topology) else 0
+        if coding and coded:
+            for segment in coded_segments(binding, whole.part(0, coded), coding):
+                collective.add_segment(segment.nbytes, segment.stages)
+                collective.held += segment.held
+        if coded < count or not coded:
+            for region in binding.segments(whole.part(coded, count)):
+                collective.add_segment(region.nbytes, binding.stages(region))
         self._bound.add(collective)
         return collective
 
-    def _stages(self, name: str, region: Region, divisor: int) -> list[Stage]:
-        if self.runtime.size == 1:
-            return []
-        if name == "hierarchical":
-            return self._hierarchy(region, divisor)
-        one_node = self.topology.node_count == 1
-        flat: Transport = self.world
-        if one_node and region.buffer.shared and name != "native" and self.shared:
-            flat = self.shared
-        every = schedules.everyone(name, Kind.ALLREDUCE, flat.size)
-        return [self._stage("node" if one_node else "world", flat, every, region, divisor)]
+    def node_sum(self, values: NDArray[np.float32]) -> None:
+        """Add an array over the ranks of the node, in place; collective over the node.
 
-    def _hierarchy(self, region: Region, divisor: int) -> list[Stage]:
-        """Reduce-scatter in the node, allreduce along the rail, allgather in the node."""
-        topology, rank = self.topology, self.runtime.rank
-        node: Transport = self.shared if self.shared and region.buffer.shared else self.node
-        align = max(1, 64 // region.dtype.itemsize)
-        shards = schedules.chunk_bounds(region.count, topology.rails, align)
-        local = min(topology.local_rank(rank), topology.rails - 1)
-        shard = region.part(shards[local], shards[local + 1])
-        rail = choice.rail_algorithm(self.config, topology.node_count, shard.nbytes, region.dtype)
-        # Low precision is rounded between levels: part of the division comes before that, since
-        # the node's sum could overflow.
-        narrow = region.dtype.storage != region.dtype.accumulate
-        early = topology.rails if narrow and divisor % topology.rails == 0 else 1
-        stages: list[Stage] = []
-        for level in compose(topology.nodes, rank, rail=rail):
-            own = level.schedule
-            owners = own.chunks if own.name == "direct" else None
-            every = schedules.everyone(own.name, own.kind, own.size, owners)
-            if level.name == "rail":
-                stages.append(self._stage("rail", self.rail, every, shard, divisor // early))
-            else:
-                after = own.kind is Kind.ALLGATHER
-                inner = 1 if after else early
-                stages.append(self._stage("node", node, every, region, inner, released=after))
-        return stages
+        For rare things: it must not run beside collectives of the progress thread.
+        """
+        from mpi4py import MPI
 
-    def _stage(
-        self,
-        level: str,
-        transport: Transport,
-        every: Sequence[Schedule],
-        region: Region,
-        divisor: int,
-        released: bool = False,
-    ) -> Stage:
-        tag = self._tags + (2 if released else 1 if level == "rail" else 0)
-        program = transport.bind(every, region, tag, divisor, released)
-        return Stage(level, program, self._internode(transport, every[transport.rank], region))
+        if self.node.size > 1:
+            self.runtime.wait(self.node.comm.Iallreduce(MPI.IN_PLACE, values, MPI.SUM))
 
-    def _internode(self, transport: Transport, schedule: Schedule, region: Region) -> int:
-        """Bytes of the schedule that this rank sends to other nodes."""
-        here = set(self.topology.node(self.runtime.rank))
-        far = [peer for peer, rank in enumerate(transport.ranks) if rank not in here]
-        if far and schedule.name == "native":  # MPI does not tell; what a ring would send
-            return 2 * region.nbytes * (transport.size - 1) // transport.size
-        return sent_bytes(schedule, region, far)
+    def _next_tag(self) -> int:
+        # Ranks of uneven nodes have different stages, but a stage has one tag on all of them.
+        self._tags += TAGS
+        return self._tags
 
     def _mpi(self, ranks: Sequence[int]) -> MpiHost:
         comm = self.runtime.group(tuple(ranks))

@@ -22,11 +22,13 @@ class DType:
         name: as torch and NumPy call it, e.g. ``bfloat16``.
         storage: the NumPy type of its bytes (``uint16`` for bfloat16, which NumPy lacks).
         accumulate: the NumPy type in which sums are made; low precision is added in float32.
+        maximum: a reduction takes the largest value in place of the sum; int32 only.
     """
 
     name: str
     storage: np.dtype[Any]
     accumulate: np.dtype[Any]
+    maximum: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -45,6 +47,7 @@ def _plain(name: str) -> DType:
 _DTYPES = {
     "bfloat16": DType("bfloat16", np.dtype("uint16"), np.dtype("float32")),
     "float16": DType("float16", np.dtype("float16"), np.dtype("float32")),
+    "int32 max": DType("int32 max", np.dtype("int32"), np.dtype("int32"), maximum=True),
     **{
         name: _plain(name)
         for name in ("float32", "float64", "int8", "uint8", "int16", "int32", "int64")
@@ -63,7 +66,8 @@ def dtype_of(kind: object) -> DType:
         with contextlib.suppress(TypeError):
             name = np.dtype(kind).name  # type: ignore[call-overload]
     if name not in _DTYPES:
-        raise ValueError(f"dtype {name} cannot be reduced; use one of: {', '.join(_DTYPES)}")
+        known = ", ".join(each.name for each in _DTYPES.values() if not each.maximum)
+        raise ValueError(f"dtype {name} cannot be reduced; use one of: {known}")
     return _DTYPES[name]
 
 
@@ -78,7 +82,8 @@ class Device(ABC):
     ) -> None:
         """Write ``(sources[0] + sources[1] + ...) / divisor`` to every array of ``outs``.
 
-        The additions are made from left to right in ``dtype.accumulate`` and rounded once.
+        The additions are made from left to right in ``dtype.accumulate`` and rounded once; a type
+        with ``maximum`` takes the largest value instead.
         Arrays are 1-D, of equal length and of ``dtype.storage``; an output may be one of the
         sources. Integers have no divisor.
         """

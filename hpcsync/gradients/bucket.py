@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives import Collectives
+from ..collectives.coding import Coding
+from ..config import CommConfig
 from ..device import dtype_of
 from ..transports.base import Buffer
 from .plan import BucketPlan
+
+
+class Transform(Protocol):
+    """Makes what is exchanged in place of a gradient, such as an optimizer's momentum."""
+
+    @property
+    def active(self) -> bool: ...
+
+    def apply(self, param: nn.Parameter, grad: Tensor, out: Tensor) -> None:
+        """Write it to ``out``, which may be ``grad``."""
 
 
 class Bucket:
@@ -31,8 +44,13 @@ class Bucket:
         collectives: Collectives,
         arena: Buffer,
         offset: int,
+        coding: Coding | None = None,
+        comm: CommConfig | None = None,
     ) -> None:
-        """Lay the bucket out from byte ``offset`` of ``arena`` on; the same calls on all ranks."""
+        """Lay the bucket out from byte ``offset`` of ``arena`` on; the same calls on all ranks.
+
+        ``coding`` says how its coded parameters travel.
+        """
         self.plan = plan
         self.params = [params[index] for index in plan.params]
         self.pending = len(self.params)
@@ -54,6 +72,8 @@ class Bucket:
             offset=offset,
             average=True,
             label=f"bucket {plan.index}",
+            coding=coding,
+            config=comm,
         )
 
     def holds(self, slot: int) -> bool:
@@ -65,15 +85,22 @@ class Bucket:
             and grad.data_ptr() == self.views[slot].data_ptr()
         )
 
-    def adopt(self, slot: int) -> None:
+    def adopt(self, slot: int, transform: Transform | None = None) -> None:
         """Move a gradient that stands elsewhere into its view, and make the view the gradient.
 
         ``zero_grad(set_to_none=True)`` leaves autograd to make a new tensor; copying it while it
         is in cache costs less than zeroing the view and adding to it.
+
+        Args:
+            transform: what is exchanged in place of the gradient.
         """
         grad = self.params[slot].grad
         assert grad is not None
-        if not self.holds(slot):
+        if transform is not None and transform.active:
+            dense = grad if grad.layout is torch.strided else grad.to_dense()
+            transform.apply(self.params[slot], dense, self.views[slot])
+            self.params[slot].grad = self.views[slot]
+        elif not self.holds(slot):
             self.views[slot].copy_(grad if grad.layout is torch.strided else grad.to_dense())
             self.params[slot].grad = self.views[slot]
 

@@ -4,8 +4,9 @@ Parameters are put into buckets in the order in which their gradients become rea
 holds one dtype and is closed when it reaches its size. The first one is small, so that the
 network starts early (Li et al., PyTorch Distributed, VLDB 2020, section 3.2.3).
 
-    bucket   | param | param | ... | used |
-                                     one element a parameter: whether this rank used it
+    bucket   | coded param | coded param | ... | param | param | ... | used |
+               without gaps, which would be coded too          one element a parameter:
+                                                               whether this rank used it
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ class Parameter:
     Attributes:
         dtype: as torch names it, without the ``torch.``.
         itemsize: bytes an element.
+        coded: whether a codec serves it.
     """
 
     name: str
     numel: int
     dtype: str
     itemsize: int
+    shape: tuple[int, ...] = ()
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class BucketPlan:
     """One bucket: which parameters, and where each stands.
 
     Attributes:
-        params: indices into the list that was planned.
+        params: indices into the list that was planned; those that are coded first.
         offsets: first element of each parameter.
+        coded_numel: elements from the first on that are coded.
         used_offset: first of the elements that say which parameters were used.
         numel: elements in all.
     """
@@ -50,6 +55,7 @@ class BucketPlan:
     offsets: tuple[int, ...]
     used_offset: int
     numel: int
+    coded_numel: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -94,19 +100,27 @@ def plan_buckets(
 def _lay_out(number: int, group: Sequence[int], params: Sequence[Parameter]) -> BucketPlan:
     first = params[group[0]]
     align = max(1, _ALIGN // first.itemsize)
+    coded = [index for index in group if params[index].coded]
+    plain = [index for index in group if not params[index].coded]
     offsets: list[int] = []
     end = 0
-    for index in group:
+    for index in coded:
+        offsets.append(end)
+        end += params[index].numel
+    coded_numel = end
+    end = -(-end // align) * align
+    for index in plain:
         offsets.append(end)
         end = -(-(end + params[index].numel) // align) * align
     return BucketPlan(
         index=number,
         dtype=first.dtype,
         itemsize=first.itemsize,
-        params=tuple(group),
+        params=(*coded, *plain),
         offsets=tuple(offsets),
         used_offset=end,
         numel=end + len(group),
+        coded_numel=coded_numel,
     )
 
 

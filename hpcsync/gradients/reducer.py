@@ -15,16 +15,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..codecs.base import Floats
 from ..collectives import Collectives
 from ..config import CommConfig
 from ..errors import HpcsyncError, ModelError
-from .bucket import Bucket
+from .bucket import Bucket, Transform
 from .checks import check_same
+from .compression import Compression
 from .norms import total_norm
 from .plan import BucketPlan, Parameter, arena_bytes, place_buckets, plan_buckets
 from .stats import StepComm, step_comm
@@ -39,6 +43,8 @@ class Reducer:
         named: (name, parameter) pairs in the order of registration, the same on every rank.
         collectives: of this rank.
         config: the ``comm`` section.
+        compression: how gradients are coded; not at all if not given.
+        transform: makes what is exchanged in place of gradients.
 
     Raises:
         ModelError: the ranks' parameters differ, or a parameter is not in host memory.
@@ -49,9 +55,15 @@ class Reducer:
         named: Sequence[tuple[str, nn.Parameter]],
         collectives: Collectives,
         config: CommConfig,
+        compression: Compression | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self._collectives = collectives
         self._config = config
+        self._compression = compression
+        self.transform = transform
+        self._stale = False
+        self._order: list[int] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._buckets: list[Bucket] = []
         self._sync = True
@@ -104,10 +116,10 @@ class Reducer:
             self._abandon()
         if _identity(param for _, param in named if param.requires_grad) != self._identity:
             self._adopt_parameters(named)
-        elif self._seen_order:
-            order, self._seen_order = self._seen_order, []
-            if self._plan(order) != self.buckets:
-                self._build(order)
+        elif self._seen_order or self._stale:
+            self._order, self._seen_order = self._seen_order or self._order, []
+            if self._stale or self._plan(self._order) != self.buckets:
+                self._rebuild()
 
     def close(self) -> None:
         """Take the hooks off the parameters and free the collectives; gradients stay local."""
@@ -141,26 +153,58 @@ class Reducer:
         self._ordered = False
         self._ready: list[int] = []
         self._seen_order = []
-        self._described = [
-            Parameter(name, param.numel(), str(param.dtype).removeprefix("torch."), param.itemsize)
-            for name, param in wanted
-        ]
+        described = [_describe(name, param) for name, param in wanted]
+        remembered = self._remembered()
+        self._described = described
+        if self._compression is not None:
+            self._collectives.runtime.agree(self._compression.check(described))
         for bucket in self._buckets:
             bucket.collective.close()
         # Gradients of before keep the old arena alive until they are moved or dropped.
         self._buckets = []
         self._arena = self._collectives.buffer(
-            max(arena_bytes(self._described), 1), pieces=len(wanted)
+            max(arena_bytes(self._described), 1), pieces=2 * len(wanted)
         )
-        self._build(range(len(wanted) - 1, -1, -1))
+        self._order = list(range(len(wanted) - 1, -1, -1))
+        self._build(self._order)
+        self._remember(remembered)
         for index, param in enumerate(self._params):
             hook = _Hook(self, index)
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._hooks.append(handle)
 
+    def _rebuild(self) -> None:
+        """Lay the buckets out by the order and the codec in force; nothing held back is lost."""
+        self._stale = False
+        remembered = self._remembered()
+        self._build(self._order)
+        self._remember(remembered)
+
+    def _remembered(self) -> dict[str, dict[str, Floats]]:
+        """What the codec's stores on this node hold back, by field and parameter's name."""
+        if self._compression is None or not self._buckets:
+            return {}
+        pending = self._compression.pending(self._buckets, self._described)
+        names = [param.name for param in self._described]
+        return {field: dict(zip(names, values, strict=True)) for field, values in pending.items()}
+
+    def _remember(self, remembered: Mapping[str, Mapping[str, Floats]]) -> None:
+        """Deal out what was held back; parameters that joined hold nothing."""
+        if self._compression is None or not remembered:
+            return
+        pending = {
+            field: [_fitting(values.get(param.name), param.numel) for param in self._described]
+            for field, values in remembered.items()
+        }
+        self._compression.deal(pending, self._buckets)
+
     def _plan(self, order: Sequence[int]) -> tuple[BucketPlan, ...]:
+        described = self._described
+        if self._compression is not None:
+            wants = self._compression.wants
+            described = [replace(param, coded=wants(param)) for param in described]
         return plan_buckets(
-            self._described,
+            described,
             order,
             int(self._config.bucket_mb * _MIB),
             int(self._config.first_bucket_mb * _MIB),
@@ -176,7 +220,15 @@ class Reducer:
         for bucket in self._buckets:
             bucket.collective.close()
         self._buckets = [
-            Bucket(plan, self._params, self._collectives, self._arena, start)
+            Bucket(
+                plan,
+                self._params,
+                self._collectives,
+                self._arena,
+                start,
+                self._compression.coding(plan, self._described) if self._compression else None,
+                self._config,
+            )
             for plan, start in zip(plans, starts, strict=True)
         ]
         self._place = {
@@ -205,7 +257,7 @@ class Reducer:
         if bucket.launched or (self._sync and self._came[index]):
             self._late(index)
         with torch.no_grad():
-            bucket.adopt(slot)
+            bucket.adopt(slot, self.transform if self._sync else None)
         self._used[index] = True
         if not self._sync:
             return
@@ -255,6 +307,8 @@ class Reducer:
                     self._params[index].grad = bucket.views[slot]
         if not self._ordered:
             self._agree_on_order()
+        if self._compression is not None and self._compression.stepped():
+            self._stale = True
         self._begin()
         if failed:
             raise HpcsyncError(
@@ -298,6 +352,16 @@ class Reducer:
             else:  # left from before, or set by the user: it counts
                 bucket.adopt(slot)
                 self._used[index] = True
+
+
+def _describe(name: str, param: nn.Parameter) -> Parameter:
+    dtype = str(param.dtype).removeprefix("torch.")
+    return Parameter(name, param.numel(), dtype, param.itemsize, tuple(param.shape))
+
+
+def _fitting(values: Floats | None, count: int) -> Floats:
+    """What was held back of a parameter, if it is still of that size."""
+    return values if values is not None and len(values) == count else np.zeros(count, np.float32)
 
 
 def _identity(params: Iterable[nn.Parameter]) -> list[tuple[int, torch.dtype]]:

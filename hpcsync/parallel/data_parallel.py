@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import Collectives
-from ..config import CommConfig
+from ..config import CommConfig, CompressConfig
+from ..errors import ConfigError, UserError
+from ..gradients.bucket import Transform
 from ..gradients.checks import check_same
+from ..gradients.compression import Compression
 from ..gradients.reducer import Reducer
 from ..launch import Runtime
 
@@ -25,6 +28,9 @@ class DataParallel(nn.Module):
         module: the same on every rank, in host memory.
         runtime: the job.
         comm: how to exchange; the defaults of the deck if not given.
+        compress: how gradients are coded; not at all if not given.
+        seed: of all that is random in coding.
+        transform: makes what is exchanged in place of gradients, e.g. an optimizer's momentum.
         collectives: to share one with others; made if not given.
         broadcast_buffers: set buffers (running means, say) to rank 0's before each forward pass
             in training; broadcast them before a rank's own evaluation.
@@ -39,6 +45,9 @@ class DataParallel(nn.Module):
         *,
         runtime: Runtime,
         comm: CommConfig | None = None,
+        compress: CompressConfig | None = None,
+        seed: int = 0,
+        transform: Transform | None = None,
         collectives: Collectives | None = None,
         broadcast_buffers: bool = True,
     ) -> None:
@@ -48,7 +57,10 @@ class DataParallel(nn.Module):
         self.broadcast_buffers = broadcast_buffers
         check_same(runtime, [*module.named_parameters(), *module.named_buffers()])
         self.collectives = collectives or Collectives(runtime, comm)
-        self.reducer = Reducer(list(module.named_parameters()), self.collectives, comm)
+        compression = _compression(self.collectives, compress, seed)
+        self.reducer = Reducer(
+            list(module.named_parameters()), self.collectives, comm, compression, transform
+        )
         with torch.no_grad():
             broadcast_tensors(runtime, [*module.parameters(), *module.buffers()])
 
@@ -89,6 +101,29 @@ class DataParallel(nn.Module):
     def finite(self) -> bool:
         """Whether no averaged gradient holds NaN or Inf; the same on every rank."""
         return self.reducer.finite()
+
+
+def _compression(
+    collectives: Collectives, config: CompressConfig | None, seed: int
+) -> Compression | None:
+    """What ``config`` asks for, if it is the same on all ranks; collective."""
+    problem: UserError | None = None
+    made: Compression | None = None
+    runtime = collectives.runtime
+    reference = runtime.bcast((config, seed))
+    if reference != (config, seed):
+        here, there = (each.codec if each else "none" for each in (config, reference[0]))
+        what = f"codec {here} here, {there}" if here != there else "other settings here than"
+        problem = ConfigError(
+            f"compress: the ranks disagree: {what} on rank 0; give all ranks the same deck"
+        )
+    elif config is not None and config.codec != "none":
+        try:
+            made = Compression(collectives, config, seed)
+        except UserError as error:
+            problem = error
+    runtime.agree(problem)
+    return made
 
 
 def broadcast_tensors(runtime: Runtime, tensors: list[Tensor], root: int = 0) -> None:

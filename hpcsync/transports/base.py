@@ -64,12 +64,18 @@ def private_buffer(nbytes: int) -> Buffer:
 
 @dataclass(frozen=True)
 class Region:
-    """``count`` elements of ``dtype`` from byte ``offset`` of a buffer on."""
+    """``count`` elements of ``dtype`` from byte ``offset`` of a buffer on.
+
+    Attributes:
+        cuts: element offsets at which a schedule of ``len(cuts) - 1`` chunks must cut the region;
+            empty for equal chunks.
+    """
 
     buffer: Buffer
     offset: int
     count: int
     dtype: DType
+    cuts: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +109,34 @@ class Program(ABC):
 
     def close(self) -> None:  # noqa: B027  (most hold nothing)
         """Give back what the binding holds (requests, communicators)."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Memory of one message, 1-D uint8, and the rank of the group at its other end."""
+
+    peer: int
+    memory: Array
+
+
+class Mail(ABC):
+    """Messages between ranks of a group whose lengths vary from run to run.
+
+    Messages between two ranks arrive in the order in which they were sent, and are taken in the
+    order in which they were expected.
+    """
+
+    @abstractmethod
+    def expect(self, which: Sequence[int]) -> Wait:
+        """Begin to receive these of the parcels; each into its memory, at most."""
+
+    @abstractmethod
+    def send(self, which: int, nbytes: int) -> Wait:
+        """Begin to send the first ``nbytes`` of a parcel, which must stay as they are till then."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is held; nothing may be under way."""
 
 
 class Transport(ABC):
@@ -146,9 +180,15 @@ class Transport(ABC):
                 the same region: nobody reads what it overwrites any more.
         """
 
+    def mail(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Mail:
+        """Prepare messages that a Program cannot describe; ``tag`` as in ``bind``."""
+        raise NotImplementedError(f"{self.name} has no messages")
+
 
 def chunk_offsets(schedule: Schedule, region: Region) -> list[int]:
     """Element offset of each chunk of the schedule, aligned to cache lines."""
+    if len(region.cuts) == schedule.chunks + 1:
+        return list(region.cuts)
     return chunk_bounds(region.count, max(schedule.chunks, 1), max(1, 64 // region.dtype.itemsize))
 
 

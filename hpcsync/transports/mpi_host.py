@@ -13,14 +13,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..device import Device
 from ..device.base import Array
 from ..schedules.base import Action, Kind, Schedule, Step
-from .base import Program, Region, Transport, Wait, chunk_offsets, final_sum
+from .base import Mail, Parcel, Program, Region, Transport, Wait, chunk_offsets, final_sum
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
@@ -71,6 +71,9 @@ class MpiHost(Transport):
             return _Native(self, schedule, region, divisor)
         return _Messages(self, schedule, region, tag % self._tags, divisor)
 
+    def mail(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Mail:
+        return _Mail(self, sends, receives, tag % self._tags)
+
 
 class Completions:
     """Asks MPI for all messages in flight at once.
@@ -108,12 +111,20 @@ class Completions:
         self._asked_s = 0.0
 
 
+class _Watched(Protocol):
+    """Whose messages are waited for."""
+
+    completions: Completions
+
+    def describe(self, step: int, requests: Sequence[Request]) -> str: ...
+
+
 class _Arrived(Wait):
     """Until all of a step's messages are complete."""
 
     __slots__ = ("_completions", "_program", "_requests", "_step", "missing")
 
-    def __init__(self, requests: list[Request], step: int, program: _Messages | _Native) -> None:
+    def __init__(self, requests: list[Request], step: int, program: _Watched) -> None:
         self.missing = len(requests)
         self._requests = requests
         self._step = step
@@ -240,6 +251,51 @@ class _Messages(Program):
             self._transport.device.reduce(
                 [own], [sources[who] for who in sorted(sources)], self._region.dtype, divisor
             )
+
+
+class _Mail(Mail):
+    """Messages whose length is known only when they are sent; receives are persistent."""
+
+    def __init__(
+        self, transport: MpiHost, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int
+    ) -> None:
+        assert all(each.memory.shape[0] < PIECE_BYTES for each in (*sends, *receives))
+        self.completions = transport.completions
+        self._transport = transport
+        self._tag = tag
+        self._sends = sends
+        self._receives = receives
+        comm, byte = transport.comm, transport.mpi.BYTE
+        self._prepared = [comm.Recv_init([each.memory, byte], each.peer, tag) for each in receives]
+
+    def expect(self, which: Sequence[int]) -> Wait:
+        requests = [self._prepared[index] for index in which]
+        if requests:
+            self._transport.mpi.Prequest.Startall(requests)
+        return _Arrived(list(requests), 0, self)
+
+    def send(self, which: int, nbytes: int) -> Wait:
+        parcel = self._sends[which]
+        comm, byte = self._transport.comm, self._transport.mpi.BYTE
+        request = comm.Isend([parcel.memory[:nbytes], byte], parcel.peer, self._tag)
+        return _Arrived([request], 1, self)
+
+    def describe(self, step: int, requests: Sequence[Request]) -> str:
+        """Which peers' messages are missing."""
+        ranks = self._transport.ranks
+        if step:
+            return "mpi_host: a coded message has not been taken"
+        late = [
+            str(ranks[parcel.peer])
+            for parcel, request in zip(self._receives, self._prepared, strict=True)
+            if request in requests and not request.Get_status()
+        ]
+        return f"mpi_host: waits for coded messages from rank {', '.join(late) or 'none'}"
+
+    def close(self) -> None:
+        for request in self._prepared:
+            request.Free()
+        self._prepared = []
 
 
 class _Native(Program):

@@ -1,0 +1,99 @@
+"""A coded sum by ordinary allreduces: for codecs whose coded forms can be added.
+
+The codec fills an array, an allreduce adds it over the ranks, the codec goes on; once a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .. import schedules
+from ..codecs import SumCodec
+from ..codecs.base import SENDER
+from ..config import CommConfig
+from ..device import dtype_of
+from ..schedules.base import Kind
+from ..transports.base import Program, Region, Transport, Wait, private_buffer, sent_bytes
+from . import choice
+from .coding import Coding, Held, Window
+
+
+class Summed(Program):
+    """The exchange bound to a region.
+
+    Args:
+        transport: of all ranks that take part.
+        start: where the region begins in the allreduce.
+        tag: the first of as many as there are rounds, at most ``MOST_ROUNDS``.
+
+    Attributes:
+        held: the codec's store on this rank, if any.
+        sent_bytes: that this rank sends in one run, by rank.
+    """
+
+    def __init__(
+        self,
+        comm: CommConfig,
+        transport: Transport,
+        region: Region,
+        coding: Coding,
+        start: int,
+        tag: int,
+        divisor: int,
+    ) -> None:
+        codec = coding.codec
+        assert isinstance(codec, SumCodec)
+        self._codec, self._coding, self._start, self._divisor = codec, coding, start, divisor
+        self._transport = transport
+        self._window = Window(region)
+        self._matrices = [
+            type(each)(each.start - start, each.shape)
+            for each in coding.matrices
+            if start <= each.start < start + region.count
+        ]
+        forms = codec.forms(region.count, self._matrices, transport.size)
+        assert len(forms) <= MOST_ROUNDS
+        self._arrays = []
+        self._programs = []
+        self.sent_bytes = dict.fromkeys(
+            (who for who in range(transport.size) if who != transport.rank), 0.0
+        )
+        for index, form in enumerate(forms):
+            dtype = dtype_of(f"{form.dtype} max" if form.op == "max" else form.dtype)
+            buffer = private_buffer(form.count * dtype.itemsize)
+            whole = Region(buffer, 0, form.count, dtype)
+            name = choice.rail_algorithm(comm, transport.size, whole.nbytes, dtype)
+            every = schedules.everyone(name, Kind.ALLREDUCE, transport.size)
+            self._arrays.append(whole.array)
+            self._programs.append(transport.bind(every, whole, tag + index))
+            for who in self.sent_bytes:
+                self.sent_bytes[who] += sent_bytes(every[transport.rank], whole, [who])
+        self._store = codec.store(region.count, self._matrices)
+        self.held = [Held(start, SENDER, self._store)] if self._store else []
+
+    def run(self) -> Iterator[Wait]:
+        """One exchange."""
+        rank = self._transport.ranks[self._transport.rank]
+        moment = self._coding.moment(self._start, 0, rank)
+        with self._window.opened() as values, np.errstate(all="ignore"):
+            rounds = self._codec.rounds(
+                values,
+                self._arrays,
+                self._matrices,
+                self._transport.size,
+                self._divisor,
+                self._store,
+                moment,
+            )
+            for index in rounds:
+                if self._arrays[index].shape[0]:
+                    yield from self._programs[index].run()
+
+    def close(self) -> None:
+        for program in self._programs:
+            program.close()
+
+
+MOST_ROUNDS = 4

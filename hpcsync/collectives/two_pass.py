@@ -1,0 +1,131 @@
+"""The two-pass exchange: a coded sum with two codings, whatever the number of ranks.
+
+    pass 1   every rank codes each part of the region for the part's owner
+             the owner decodes, adds in rank order in FP32, divides, and codes the mean
+    pass 2   the owner sends the coded mean to all, and all decode the same bytes
+
+So all ranks end with the same bits. These are the messages of the direct allreduce schedule, with
+coded contents. What either coding lost stays in a store of the rank that coded, for the next run.
+
+The owner's own part of pass 1 is not coded. (Seide et al., 1-bit SGD, Interspeech 2014, section
+3.2; Tang et al., DoubleSqueeze, ICML 2019.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from ..codecs import Moment, PieceCodec
+from ..codecs.base import OWNER, SENDER, Floats
+from ..device.kernels import empty_bytes
+from ..schedules import chunk_bounds
+from ..transports.base import Parcel, Program, Region, Transport, Wait
+from .coding import Coding, Held, Window
+
+
+class TwoPass(Program):
+    """The exchange bound to a region.
+
+    Args:
+        transport: of all ranks that take part; must have messages.
+        start: where the region begins in the allreduce; for ``held``.
+        tag: as for ``Transport.bind``.
+
+    Attributes:
+        held: the codec's stores on this rank.
+        sent_bytes: that this rank sends in one run, as far as the codec can tell, by rank.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        region: Region,
+        coding: Coding,
+        start: int,
+        tag: int,
+        divisor: int,
+    ) -> None:
+        codec = coding.codec
+        assert isinstance(codec, PieceCodec)
+        self._codec, self._coding, self._start, self._divisor = codec, coding, start, divisor
+        self._transport = transport
+        self._window = Window(region)
+        rank, size = transport.rank, transport.size
+        bounds = chunk_bounds(region.count, size, codec.block)
+        self._parts = [slice(low, high) for low, high in pairwise(bounds)]
+        counts = [part.stop - part.start for part in self._parts]
+        others = [who for who in range(size) if who != rank]
+        # Empty parts are not sent: every rank knows which.
+        self._owners = [who for who in others if counts[who]]
+        self._givers = others if counts[rank] else []
+        self._coded = [empty_bytes(codec.capacity(counts[who])) for who in self._owners]
+        self._given = [empty_bytes(codec.capacity(counts[rank])) for _ in self._givers]
+        self._means = [empty_bytes(codec.capacity(counts[who])) for who in self._owners]
+        self._mean = empty_bytes(codec.capacity(counts[rank]))
+        self._mail = transport.mail(
+            [
+                *map(Parcel, self._owners, self._coded),
+                *[Parcel(who, self._mean) for who in self._givers],
+            ],
+            [*map(Parcel, self._givers, self._given), *map(Parcel, self._owners, self._means)],
+            tag,
+        )
+        self._stores = {
+            who: codec.store(counts[who], OWNER if who == rank else SENDER)
+            for who in range(size)
+            if counts[who]
+        }
+        self.held = [
+            Held(start + self._parts[who].start, OWNER if who == rank else SENDER, store)
+            for who, store in self._stores.items()
+            if store is not None
+        ]
+        mean = codec.expected(counts[rank]) if counts[rank] else 0.0
+        self.sent_bytes = {
+            who: (codec.expected(counts[who]) if counts[who] else 0.0) + mean for who in others
+        }
+
+    def run(self) -> Iterator[Wait]:
+        """One exchange."""
+        codec, mail, rank = self._codec, self._mail, self._transport.rank
+        givers, owners = len(self._givers), len(self._owners)
+        given = mail.expect(range(givers))
+        means = mail.expect(range(givers, givers + owners))
+        sent = []
+        with self._window.opened() as values:
+            for index, who in enumerate(self._owners):
+                out = self._coded[index]
+                used = codec.encode(
+                    values[self._parts[who]], out, self._stores[who], self._moment(who)
+                )
+                sent.append(mail.send(index, used))
+            yield given
+            if self._givers:
+                used = self._combine(values[self._parts[rank]])
+                sent += [mail.send(owners + index, used) for index in range(givers)]
+            yield means
+            for who, data in zip(self._owners, self._means, strict=True):
+                codec.decode(data, values[self._parts[who]])
+            yield from sent
+
+    def close(self) -> None:
+        self._mail.close()
+
+    def _combine(self, own: Floats) -> int:
+        """The owner's part; the bytes of the coded mean."""
+        rank = self._transport.rank
+        place = sum(who < rank for who in self._givers)
+        return self._codec.combine(
+            own,
+            place,
+            self._given,
+            self._divisor,
+            self._mean,
+            self._stores[rank],
+            self._moment(rank),
+        )
+
+    def _moment(self, part: int) -> Moment:
+        rank = self._transport.ranks[self._transport.rank]
+        return self._coding.moment(self._start, part, rank)
