@@ -30,6 +30,9 @@ class CpuDevice(Device):
         self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
     ) -> None:
         assert divisor == 1 or dtype.floating, f"no mean of {dtype.name}"
+        if dtype.maximum:
+            self._largest(outs, sources)
+            return
         block = self._reduce_widened if dtype.storage != dtype.accumulate else self._reduce_plain
         count = sources[0].shape[0]
         with np.errstate(all="ignore"):  # NaN and Inf are passed on, and judged later
@@ -42,6 +45,11 @@ class CpuDevice(Device):
 
     def copy(self, out: Array, source: Array) -> None:
         out[:] = source
+
+    def _largest(self, outs: Sequence[Array], sources: Sequence[Array]) -> None:
+        largest = np.maximum.reduce(list(sources))
+        for out in outs:
+            out[:] = largest
 
     def _scratch(self, dtype: DType) -> Array:
         """A block of accumulators of the calling thread's own."""
