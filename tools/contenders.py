@@ -150,10 +150,13 @@ class Workload:
         if name.startswith(CODED):
             codec = name.removeprefix(CODED)
             compress = dataclasses.replace(compress, codec=codec, warmup=0)
-        more: dict[str, Any] = {}
-        if compress.codec != "none":
-            more["compress"] = compress
-        return DataParallel(model, runtime=self.runtime, comm=self.config.comm, **more)
+        return DataParallel(
+            model,
+            runtime=self.runtime,
+            comm=self.config.comm,
+            compress=compress,
+            seed=self.config.run.seed,
+        )
 
     def batches(self, contender: Contender, count: int) -> list[Any]:
         """The data of the contender's next steps on this rank."""

@@ -3,12 +3,13 @@
 Ranks are inside their nodes and cannot shape the links; who made the cluster can. A folder that
 both see lies between them:
 
-    rank 0   writes "2 200mbit" to FOLDER/wanted and waits for the answer
-    owner    shapes every link, then writes "2 ok" or "2 ERROR" to FOLDER/answer
+    rank 0   writes "TICKET 200mbit" to FOLDER/wanted and waits for the answer
+    owner    shapes every link, then writes "TICKET ok" or "TICKET ERROR" to FOLDER/answer
 """
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 import threading
 import time
@@ -55,40 +56,40 @@ def _serve(cluster: VirtualCluster, folder: Path, over: threading.Event) -> None
 
     done = ""
     while not over.wait(_LOOK_S):
-        number, _, rate = _read(folder / "wanted").partition(" ")
-        if number == done:
+        ticket, _, rate = _read(folder / "wanted").partition(" ")
+        if ticket == done:
             continue
-        done, answer = number, "ok"
+        done, answer = ticket, "ok"
         try:
             cluster.set_rate(rate)
         except (ClusterError, OSError) as error:
             answer = str(error)
-        _write(folder / "answer", f"{number} {answer}")
+        _write(folder / "answer", f"{ticket} {answer}")
 
 
 class Links:
     """The links as the ranks of a job see them."""
 
     def __init__(self, runtime: Any, folder: str) -> None:
-        self._runtime, self._folder, self._count = runtime, Path(folder), 0
+        self._runtime, self._folder = runtime, Path(folder)
 
     def shape(self, rate: str) -> None:
         """Set all links to `rate` each way; collective. Raises BenchmarkError on all ranks."""
         from tools.benchmark import BenchmarkError
 
         self._runtime.barrier()  # nothing of before is on the way any more
-        self._count += 1
         answer = self._ask(rate) if self._runtime.rank == 0 else ""
         answer = self._runtime.bcast(answer)
         if answer != "ok":
             raise BenchmarkError(f"links of {rate}: {answer}")
 
     def _ask(self, rate: str) -> str:
-        _write(self._folder / "wanted", f"{self._count} {rate}")
+        ticket = secrets.token_hex(8)  # another job may have asked before
+        _write(self._folder / "wanted", f"{ticket} {rate}")
         limit = time.monotonic() + 60
         while time.monotonic() < limit:
-            number, _, answer = _read(self._folder / "answer").partition(" ")
-            if number == str(self._count):
+            found, _, answer = _read(self._folder / "answer").partition(" ")
+            if found == ticket:
                 return answer
             time.sleep(_LOOK_S / 5)
         return "the cluster's owner does not answer"
