@@ -40,12 +40,22 @@ class Parts:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later steps depend on: what is trained, and the place in the data."""
-        return {"engine": self.engine.state_dict(), "sampler": self.sampler.state_dict()}
+        return {
+            "engine": self.engine.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "exchange": self.parallel.reducer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises ``DataError`` when the data's order is another."""
+        """Go on from there; collective.
+
+        Raises:
+            DataError: the data's order is another.
+            AgreedError: what the codecs held back belongs to another job.
+        """
         self.sampler.load_state_dict(state["sampler"])
         self.engine.load_state_dict(state["engine"])
+        self.parallel.reducer.load_state_dict(state["exchange"])
 
 
 def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[[], T]) -> T:

@@ -146,6 +146,19 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
                     f"unknown codec {codec!r}{suggest(codec, known)}; use one of "
                     f"{', '.join(known)}, or your own as 'package.module:name'",
                 )
+    coded = config.compress.codec != "none"
+    if coded and comm.reproducible:
+        yield (
+            ("compress.codec", "comm.reproducible"),
+            "what coding rounds depends on placement, so comm.reproducible cannot hold; use "
+            "compress.codec=none, or comm.reproducible=false",
+        )
+    if coded and config.compress.where == "rail" and comm.algorithm not in ("auto", "hierarchical"):
+        yield (
+            ("comm.algorithm", "compress.where"),
+            f"{comm.algorithm} has no rails to code on; use comm.algorithm=auto, or "
+            "compress.where=all",
+        )
     for name in ("algorithm", "rail_algorithm"):
         if comm.reproducible and getattr(comm, name) == "native":
             yield (

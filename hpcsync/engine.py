@@ -42,6 +42,8 @@ class DataParallelLike(Protocol):
 
     def norm(self) -> Tensor: ...
 
+    def rescale(self, factor: float) -> None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
@@ -112,6 +114,8 @@ class Engine:
                 group["lr"] = lr
             self.optimizer.step()
         self.scale.update(finite)
+        if self.scale.value != scale:
+            self.data_parallel.rescale(self.scale.value / scale)
         self.step_count += 1
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1

@@ -55,6 +55,9 @@ class Plain:
         context: AbstractContextManager[Any] = self.wrapped.no_sync()
         return context
 
+    def rescale(self, factor: float) -> None:
+        """Nothing is held back here."""
+
     def norm(self) -> Any:
         """2-norm of all gradients, as hpcsync.DataParallel.norm."""
         import torch

@@ -112,6 +112,16 @@ class Compression:
         self.clock.step += before
         return self.warm != before
 
+    def state(self) -> dict[str, Any]:
+        """Counts that coding depends on."""
+        return {"codec": self.config.codec, "steps": self.steps, "coded": self.clock.step}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, with the codec of then."""
+        if state["codec"] != self.config.codec:
+            self.use(state["codec"])
+        self.steps, self.clock.step = int(state["steps"]), int(state["coded"])
+
     def wants(self, param: Parameter) -> bool:
         """Whether the parameter's gradient is coded now."""
         return self.warm and _codable(self.config, param)

@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from ..codecs.base import Floats
 from ..collectives import Collectives
 from ..config import CommConfig
-from ..errors import HpcsyncError, ModelError
+from ..errors import HpcsyncError, ModelError, UserError
+from . import compression
 from .bucket import Bucket, Transform
 from .checks import check_same
 from .compression import Compression
@@ -64,6 +66,7 @@ class Reducer:
         self.transform = transform
         self._stale = False
         self._order: list[int] = []
+        self._described: list[Parameter] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._buckets: list[Bucket] = []
         self._sync = True
@@ -141,6 +144,51 @@ class Reducer:
     def finite(self) -> bool:
         """Whether no gradient holds NaN or Inf; the same on every rank."""
         return bool(torch.isfinite(self.norm()))
+
+    def rescale(self, factor: float) -> None:
+        """Gradients come ``factor`` times as large from now on: what codecs hold back follows."""
+        compression.rescale(self._buckets, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later exchanges on this rank depend on: the order of the buckets, and what codecs
+        hold back, by parameter. It belongs to this rank of this many.
+        """
+        names = [param.name for param in self._described]
+        held: dict[str, list[Any]] = {}
+        if self._compression is not None:
+            for index, part in self._compression.fragments(self._buckets):
+                values = torch.from_numpy(part.values.copy())
+                held.setdefault(names[index], []).append((*part[:3], values))
+        return {
+            "order": [names[index] for index in self._order] if self._ordered else [],
+            "compression": self._compression.state() if self._compression else None,
+            "held": held,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; collective.
+
+        Raises:
+            AgreedError: the state is of other parameters, ranks, nodes or settings.
+        """
+        index_of = {param.name: index for index, param in enumerate(self._described)}
+        problem: UserError | None = None
+        if not {*state["order"], *state["held"]} <= set(index_of):
+            problem = UserError("exchange state: it belongs to a model of other parameters")
+        self._collectives.runtime.agree(problem)
+        if self._compression is not None and state["compression"]:
+            self._compression.load_state(state["compression"])
+        if state["order"]:
+            self._order, self._ordered = [index_of[name] for name in state["order"]], True
+            self._seen_order = []
+        self._build(self._order)
+        held = {index_of[name]: parts for name, parts in state["held"].items()}
+        if not compression.restore(held, self._buckets):
+            problem = UserError(
+                "exchange state: it belongs to other ranks, nodes or settings of compress; "
+                "resume with those of before"
+            )
+        self._collectives.runtime.agree(problem)
 
     def _adopt_parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         wanted = [(name, param) for name, param in named if param.requires_grad]

@@ -98,6 +98,10 @@ class DataParallel(nn.Module):
         """Global 2-norm of the averaged gradients, a scalar; the same on every rank."""
         return self.reducer.norm()
 
+    def rescale(self, factor: float) -> None:
+        """Gradients come ``factor`` times as large from now on: what codecs hold back follows."""
+        self.reducer.rescale(factor)
+
     def finite(self) -> bool:
         """Whether no averaged gradient holds NaN or Inf; the same on every rank."""
         return self.reducer.finite()

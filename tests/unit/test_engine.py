@@ -45,6 +45,7 @@ class Alone(nn.Module):
         super().__init__()
         self.module = module
         self.quiet = 0
+        self.factors: list[float] = []
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.module(inputs, targets)
@@ -53,6 +54,9 @@ class Alone(nn.Module):
     def no_sync(self) -> Iterator[None]:
         self.quiet += 1
         yield
+
+    def rescale(self, factor: float) -> None:
+        self.factors.append(factor)
 
     def norm(self) -> Tensor:
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -282,3 +286,13 @@ def test_compiling_is_by_blocks_where_there_are_any(monkeypatch: pytest.MonkeyPa
     net.blocks = lambda: [net.inner]  # type: ignore[method-assign,assignment]
     compile_model(net)
     assert compiled == [net, net.inner]
+
+
+def test_a_new_loss_scale_is_told_to_what_codecs_hold_back() -> None:
+    engine = make(loss_scale="dynamic")
+    engine.model.poison = math.inf
+    engine.step(batches(1))
+    assert engine.data_parallel.factors == [0.5]
+    engine.model.poison = 1.0
+    engine.step(batches(1))
+    assert engine.data_parallel.factors == [0.5]
