@@ -47,9 +47,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     none, worst_none = share("over_none")
     percent = TOLERANCE * 100
     gain = sum(row["over_none"] < 1 - TOLERANCE for row in rows)
+    sure = sum(row["over_best"] - 2 * row["error"] > 1 + TOLERANCE for row in rows)
     return [
         f"at most {percent:.0f}% slower than the best fixed choice: {best} of {len(rows)} setups "
-        f"({best / len(rows) * 100:.0f}%), at worst {worst * 100:+.1f}%",
+        f"({best / len(rows) * 100:.0f}%), at worst {worst * 100:+.1f}%; slower than that by more "
+        f"than two standard errors: {sure}",
         f"at most {percent:.0f}% slower than uncoded: {none} of {len(rows)} setups "
         f"({none / len(rows) * 100:.0f}%), at worst {worst_none * 100:+.1f}%; "
         f"more than {percent:.0f}% faster: {gain}",

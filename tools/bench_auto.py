@@ -49,7 +49,7 @@ MODELS = {
     "mlp-10M": "model.name=mlp data.name=digits model.layers=2 model.hidden=3100",
 }
 WARM_UP = 3
-LEAST_ROUNDS, MOST_ROUNDS = 4, 24
+LEAST_ROUNDS, MOST_ROUNDS = 4, 60
 BLOCK_S = 0.2  # a contender's steps of one round take about this long together, or are one
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests import launcher
 from tools import bench_allreduce, benchmark
-from tools.benchmark import BenchmarkError
+from tools.benchmark import MIB, BenchmarkError
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -108,3 +108,104 @@ def test_training_under_hpcsync_and_ddp_gives_one_loss(tmp_path: Path) -> None:
     assert set(rows) == {"none", "ddp", "hpcsync"}
     assert rows["hpcsync"]["loss"] == pytest.approx(rows["ddp"]["loss"], rel=1e-4)
     assert rows["hpcsync"]["sent_bytes"] > 4 * rows["none"]["sent_bytes"]
+
+
+@pytest.mark.cluster
+def test_training_under_codecs_and_hooks_on_several_links(tmp_path: Path) -> None:
+    """A table a rate, with all that was asked for; what is coded sends fewer bytes."""
+    path = tmp_path / "found.json"
+    tiny = ["model.layers=1", "model.width=64", "model.heads=2", "model.context=32"]
+    names = ["none", "ddp", "ddp-fp16", "ddp-powersgd", "hpcsync", "hpcsync-int8"]
+    options = ["--only", ",".join(names), "--rounds", "2", "--block", "2", "--json", str(path)]
+    cluster = ["--vcluster", "nodes=2", "--links", "none,400mbit", "--ranks-per-node", "1"]
+    tool = "tools/bench_train.py"
+    outcome = launcher.run(0, tool, *cluster, *options, *tiny, timeout=200)
+    outcome.assert_clean()
+    assert outcome.status == 0, outcome.describe()
+    rows = json.loads(path.read_text())["rows"]
+    for rate in ("none", "400mbit"):
+        table = {row["name"]: row for row in rows if row["rate"] == rate}
+        assert list(table) == names
+        assert table["hpcsync"]["loss"] == pytest.approx(table["ddp"]["loss"], rel=1e-4)
+        assert table["hpcsync-int8"]["sent_bytes"] < 0.4 * table["hpcsync"]["sent_bytes"]
+        assert table["ddp-fp16"]["sent_bytes"] < 0.7 * table["ddp"]["sent_bytes"]
+        assert all(row["x_none"] > 0 and row["x_ddp"] > 0 for row in table.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["bench_train.py", "--ranks", "2", "--links", "1gbit"], "--links needs --vcluster"),
+        (["bench_codecs.py", "--only", "int3"], "no codec 'int3'"),
+        (["bench_codecs.py", "--mb", "0"], "above 0"),
+        (["bench_learning.py", "--json", "x.json", "--codecs", "int3"], "no codec 'int3'"),
+        (["bench_auto.py", "--json", "x.json", "--models", "tiny"], "no 'tiny'"),
+    ],
+)
+def test_wrong_options_are_told(arguments: list[str], text: str) -> None:
+    """One line and status 2."""
+    tool, *options = arguments
+    outcome = launcher.run(0, f"tools/{tool}", *options)
+    assert outcome.status == 2, outcome.describe()
+    assert text in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_codecs_are_timed_against_a_copy(tmp_path: Path) -> None:
+    """Every operation at both sizes, native and not, and what comes out of them."""
+    path = tmp_path / "found.json"
+    sizes = ["--mb", "0.5", "--piece", "0.25", "--rounds", "2"]
+    outcome = launcher.run(0, "tools/bench_codecs.py", *sizes, "--json", str(path), timeout=200)
+    assert outcome.status == 0, outcome.describe()
+    found = json.loads(path.read_text())
+    rows = {(row["codec"], row["operation"], row["mib"]): row for row in found["rows"]}
+    for size in (0.5, 0.25):
+        assert rows["int8", "encode", size]["touched"] == pytest.approx(size * MIB * 3.25, rel=0.02)
+        assert ("sum", "4 -> 4", size) in rows
+    assert all(row["share"] > 0 and len(row["seconds"]) == 2 for row in found["rows"])
+    quality = {row["codec"]: row for row in found["quality"]}
+    assert quality["none"]["error_normal"] == 0
+    assert 0 < quality["int8"]["error_normal"] < 0.02
+    assert quality["int8"]["ratio_normal"] == pytest.approx(0.254, rel=0.01)
+    assert 0.9 < quality["topk"]["count_over_k"] < 1.1
+    assert {row["codec"] for row in found["rows"]} == {*quality, "sum"}
+
+
+@pytest.mark.usefixtures("mpi")
+def test_learning_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Runs that the file holds are not repeated."""
+    path = tmp_path / "learning.json"
+    tiny = ["layers=1", "width=32", "heads=2", "context=32"]
+    options = ["--json", str(path), "--work", str(tmp_path / "runs"), "--codecs", "bf16"]
+    options += ["--steps", "2", "--ranks", "2", "--set", "compress.warmup=0", "--nice", "1"]
+    options += [part for key in tiny for part in ("--set", f"model.{key}")]
+    tool = "tools/bench_learning.py"
+    for seeds, said in (("1", "# 2 of 2: bf16, seed 1: "), ("2", "# 1 of 2: none, seed 2: ")):
+        outcome = launcher.run(0, tool, *options, "--seeds", seeds, timeout=200)
+        outcome.assert_clean()
+        assert outcome.status == 0, outcome.describe()
+        assert said in outcome.stdout
+    runs = json.loads(path.read_text())["runs"]
+    assert set(runs) == {"none 1", "bf16 1", "none 2", "bf16 2"}
+    assert runs["bf16 1"]["sent"] < 0.7 * runs["none 1"]["sent"]
+    assert runs["bf16 1"]["val_loss"] == pytest.approx(runs["none 1"]["val_loss"], rel=0.01)
+
+
+@pytest.mark.cluster
+def test_auto_is_measured_beside_each_choice(tmp_path: Path) -> None:
+    """Two links in one job, and nothing to do when it is started again."""
+    path = tmp_path / "auto.json"
+    options = ["--json", str(path), "--links", "200mbit,none", "--models", "mlp-0.2M"]
+    options += ["--layouts", "2x1", "--seconds", "0.5", "--settle", "4"]
+    outcome = launcher.run(0, "tools/bench_auto.py", *options, timeout=200)
+    outcome.assert_clean()
+    assert outcome.status == 0, outcome.describe()
+    setups = json.loads(path.read_text())["setups"]
+    assert set(setups) == {"2x1 mlp-0.2M 200mbit", "2x1 mlp-0.2M none"}
+    for found in setups.values():
+        assert set(found["seconds"]) == {"none", "bf16", "auto"}
+        assert found["chose"].split()[0] in ("none", "bf16")
+    again = launcher.run(0, "tools/bench_auto.py", *options)
+    assert again.status == 0
+    assert "of 2 setups" in again.stdout
+    assert "1/2" not in again.stdout
