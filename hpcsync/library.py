@@ -30,6 +30,7 @@ from .device import dtype_of
 from .errors import ConfigError, LaunchError
 from .exits import Exits
 from .parallel import data_parallel
+from .wording import toml
 
 
 class Op(enum.Enum):
@@ -63,7 +64,7 @@ def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
     does an exit with a status that is not 0. A rank that comes to its end waits for the others.
 
     Args:
-        deck: a TOML deck; its sections ``topology`` and ``comm`` count here.
+        deck: a TOML deck; its sections ``topology``, ``comm`` and ``compress`` count here.
         overrides: ``key=value`` as on the command line, e.g. ``["comm.bucket_mb=10"]``.
 
     Raises:
@@ -78,7 +79,7 @@ def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
     collectives = Collectives(runtime, config.comm)
     # The progress thread must have stopped before mpi4py finalizes MPI at exit.
     exits = Exits(runtime.comm, collectives.progress.close)
-    _session = _Session(runtime, config, collectives, Eager(collectives), exits)
+    _session = _Session(runtime, config, collectives, Eager(collectives, config), exits)
 
 
 def is_initialized() -> bool:
@@ -138,7 +139,8 @@ class DataParallel(data_parallel.DataParallel):
     Args:
         module: the same on every rank, in host memory; it takes rank 0's values.
         bucket_cap_mb: size of a bucket in MiB; the deck's if not given.
-        codec: how gradients travel; ``none`` (FP32 as they are) is what there is.
+        codec: how gradients travel, as ``compress.codec``; the deck's if not given.
+        compress: further keys of the deck's section, e.g. ``{"rank": 8, "warmup": 100}``.
         broadcast_buffers: set buffers to rank 0's before each forward pass in training.
 
     Raises:
@@ -151,12 +153,18 @@ class DataParallel(data_parallel.DataParallel):
         module: nn.Module,
         *,
         bucket_cap_mb: float | None = None,
-        codec: str = "none",
+        codec: str | None = None,
+        compress: Mapping[str, Any] | None = None,
         broadcast_buffers: bool = True,
     ) -> None:
         session = _current()
-        _check("codec", f'compress.codec="{codec}"')
-        comm = session.config.comm
+        comm, coded = session.config.comm, session.config.compress
+        if codec is not None:
+            checked = _check("codec", f"compress.codec={toml(codec)}")
+            coded = dataclasses.replace(coded, codec=checked.compress.codec)
+        for name, value in (compress or {}).items():
+            checked = _check("compress", f"compress.{name}={toml(value)}")
+            coded = dataclasses.replace(coded, **{name: getattr(checked.compress, name)})
         if bucket_cap_mb is not None:
             checked = _check("bucket_cap_mb", f"comm.bucket_mb={bucket_cap_mb}")
             comm = dataclasses.replace(comm, bucket_mb=checked.comm.bucket_mb)
@@ -164,6 +172,8 @@ class DataParallel(data_parallel.DataParallel):
             module,
             runtime=session.runtime,
             comm=comm,
+            compress=coded,
+            seed=session.config.run.seed,
             collectives=session.collectives,
             broadcast_buffers=broadcast_buffers,
         )
@@ -183,7 +193,7 @@ def _check(argument: str, setting: str) -> configuration.Config:
         ) from None
 
 
-def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
+def allreduce(tensor: Tensor, op: Op = Average, codec: str = "none") -> Tensor:
     """A new tensor with the average, sum, minimum or maximum of the ranks' tensors.
 
     It is outside autograd: no gradient flows through it, and the result asks for none.
@@ -191,14 +201,17 @@ def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
     Args:
         tensor: any shape, the same on every rank; float16, bfloat16 (added in float32), float32,
             float64 or integers, in host memory.
+        codec: how averages and sums of floating-point numbers travel; ``compress.where`` of the
+            deck says on which way. Nothing is remembered from call to call.
 
     Raises:
-        ValueError: a dtype that cannot be reduced, the average of integers, or another ``op``.
+        ValueError: a dtype that cannot be reduced or coded, the average of integers, or another
+            ``op`` or codec.
     """
-    return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op)
+    return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op, codec)
 
 
-def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
+def allreduce_(tensor: Tensor, op: Op = Average, codec: str = "none") -> Tensor:
     """``allreduce`` in place; returns ``tensor``, which must be contiguous. Outside autograd, too.
 
     Raises:
@@ -211,8 +224,15 @@ def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
     data = _bytes(tensor)
     if op is Op.AVERAGE and not tensor.is_floating_point():
         raise ValueError(f"allreduce: the average of {name} is not whole; use op=hpcsync.Sum")
+    if codec != "none":
+        _check("codec", f"compress.codec={toml(codec)}")
+        if op not in (Op.AVERAGE, Op.SUM) or not tensor.is_floating_point():
+            raise ValueError(
+                f"allreduce: codec {codec} codes averages and sums of floating-point numbers, not "
+                f"the {op.value} of {name}; use codec='none'"
+            )
     if op in (Op.AVERAGE, Op.SUM):
-        session.eager.allreduce(data, name, average=op is Op.AVERAGE)
+        session.eager.allreduce(data, name, average=op is Op.AVERAGE, codec=codec)
         return tensor
     with torch.no_grad():
         wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -8,11 +8,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..codecs import Codec, Matrix, Moment, Store
+from ..codecs import Codec, Matrix, Moment, Settings, Store
+from ..config import CompressConfig
 from ..device.cpu import narrow, widen
 from ..transports.base import Region
 
 _MASK = (1 << 64) - 1
+
+
+def settings_of(config: CompressConfig, seed: int) -> Settings:
+    """What the deck's section tells a codec."""
+    return Settings(
+        error_feedback=config.error_feedback,
+        stochastic=config.rounding == "stochastic",
+        seed=seed,
+        ratio=config.ratio,
+        threshold=config.threshold,
+        rank=config.rank,
+        momentum=config.momentum,
+        ratio_warmup=config.ratio_warmup,
+        verify=config.verify,
+        options=config.options,
+    )
 
 
 class Clock:

@@ -21,32 +21,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .. import codecs
-from ..codecs import Codec, Matrix, Settings
+from ..codecs import Codec, Matrix
 from ..codecs.base import OWNER, Floats
 from ..collectives import Collective, Collectives
-from ..collectives.coding import Clock, Coding, Held
+from ..collectives.coding import Clock, Coding, Held, settings_of
 from ..config import CompressConfig
 from ..device import dtype_of
 from ..errors import UserError
 from .plan import BucketPlan, Parameter
 
 ERROR = "error"  # the field that an owner keeps in units of the mean
-
-
-def settings_of(config: CompressConfig, seed: int) -> Settings:
-    """What the deck's section tells a codec."""
-    return Settings(
-        error_feedback=config.error_feedback,
-        stochastic=config.rounding == "stochastic",
-        seed=seed,
-        ratio=config.ratio,
-        threshold=config.threshold,
-        rank=config.rank,
-        momentum=config.momentum,
-        ratio_warmup=config.ratio_warmup,
-        verify=config.verify,
-        options=config.options,
-    )
 
 
 class Exchanged(Protocol):
