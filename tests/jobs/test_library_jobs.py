@@ -67,7 +67,7 @@ def test_a_wrong_value_is_one_line_and_2(tmp_path: Path, ranks: int) -> None:
     outcome = run(tmp_path, "hpcsync.DataParallel(model, codec='int9')", ranks)
     assert outcome.status == 2, outcome.describe()
     assert outcome.stderr.count("hpcsync: error:") == 1, outcome.describe()
-    assert "codec: must be none" in outcome.stderr
+    assert "codec: unknown codec 'int9'; did you mean int8?" in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 
