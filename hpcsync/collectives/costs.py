@@ -6,6 +6,7 @@ who exchanges with whom (Layout).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -111,7 +112,7 @@ class Profile:
     Attributes:
         backward_s: its length.
         leads: (share of the gradients' bytes that are complete, seconds before the end), in
-            order; empty for evenly over the pass.
+            order; evenly before the first of them, or over the pass if there are none.
     """
 
     backward_s: float
@@ -121,13 +122,10 @@ class Profile:
         """When ``share`` of the bytes are complete."""
         if not self.leads:
             return self.backward_s * share
-        before = [each for each in self.leads if each[0] <= share]
-        after = [each for each in self.leads if each[0] > share]
-        if not before or not after:
-            lead = (before[-1] if before else after[0])[1]
-        else:
-            (low, early), (high, late) = before[-1], after[0]
-            lead = early + (late - early) * (share - low) / (high - low)
+        points = [(0.0, self.backward_s), *self.leads, (math.inf, self.leads[-1][1])]
+        after = next(at for at, each in enumerate(points) if each[0] > share)
+        (low, early), (high, late) = points[after - 1 : after + 1]
+        lead = early + (late - early) * (share - low) / (high - low)
         return max(0.0, self.backward_s - lead)
 
 

@@ -23,8 +23,8 @@ from .costs import ITEM, UNCODED, Choice, CodecCost, Group, Layout, Load, Measur
 from .pipeline import Arrival, Stage, simulate
 
 _MOST_SEGMENTS = 192  # of a step; more would only take time to simulate
-_MOST_FITS = 14  # halvings when a link's factor is sought
-_SLOWEST = 64.0  # that a link is taken to be, in what was measured
+_MOST_FITS = 20  # halvings when a link's factor is sought
+_SLOWEST = 1e4  # that a link is taken to be, in what was measured
 _LEAST_WIRE_S = 1e-12  # what marks a stage as one of the wire
 
 

@@ -15,11 +15,13 @@ from statistics import fmean, median, stdev
 
 from .costs import Choice
 
-# Differences below are not worth a less simple choice.
-TIE = 0.015
+# Differences below are not worth a less simple choice; nor are, where steps are noisy, those below
+# two standard errors, but what is above the second share is taken even then.
+_TIE, _MOST_TIE = 0.015, 0.025
 _CLEAR, _CLEAR_AT_ONCE = 0.02, 0.08  # slower than the best by so much: out, if noise allows
 _SURE, _SURE_AT_ONCE = 2.5, 4.0  # standard errors
-_ROUNDS, _MOST_ROUNDS = 4, 7
+_ROUNDS = 4
+_MOST_WINDOWS = 14  # in all, where those rounds are too noisy
 _GOOD_ENOUGH = 0.01  # standard error for which no further rounds are run
 
 
@@ -61,7 +63,7 @@ class Race:
     def winner(self) -> Choice:
         """The simplest of those that are as good as the best."""
         slower = self._slower()
-        tie = max(TIE, self.error)
+        tie = min(max(_TIE, 2 * self.error), _MOST_TIE)
         return next(each for each in self._alive if slower[each] <= tie)
 
     def median_s(self, contender: Choice) -> float:
@@ -109,6 +111,7 @@ class Race:
         self._alive = [each for each in self._alive if slower[each] <= limit]
 
     def _decided(self) -> bool:
-        if self._rounds >= _MOST_ROUNDS:
-            return True
-        return self._rounds >= _ROUNDS and self.error <= _GOOD_ENOUGH
+        if self._rounds < _ROUNDS:
+            return False
+        windows = (self._rounds + 1) * len(self._alive)
+        return windows > _MOST_WINDOWS or self.error <= _GOOD_ENOUGH

@@ -215,11 +215,12 @@ class Tuner:
         self, step_s: float, exposed_s: float, leads: Sequence[tuple[float, float]]
     ) -> Profile:
         computing = max(step_s - exposed_s, 0.0)
+        backward_s = _BACKWARD * computing
         if not leads:
-            return Profile(_BACKWARD * computing)
+            return Profile(backward_s)
         flat = self._agree([number for lead in leads for number in lead], "max")
         agreed = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return Profile(min(max(lead for _, lead in agreed), computing), agreed)
+        return Profile(max(backward_s, *(lead for _, lead in agreed)), agreed)
 
     def _judge(self) -> None:
         """A window of the race is over."""
