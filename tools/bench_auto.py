@@ -49,8 +49,9 @@ MODELS = {
     "mlp-10M": "model.name=mlp data.name=digits model.layers=2 model.hidden=3100",
 }
 WARM_UP = 3
-LEAST_ROUNDS, MOST_ROUNDS = 4, 60
 BLOCK_S = 0.2  # a contender's steps of one round take about this long together, or are one
+# auto, which sees only that its steps have become long, looks again after 200: fewer are measured.
+LEAST_ROUNDS, MOST_ROUNDS, MOST_BLOCK = 4, 38, 5
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,7 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--links", default=LINKS, help="rates (%(default)s)")
     add("--models", default=",".join(MODELS), help="%(default)s")
     add("--layouts", default=LAYOUTS, metavar="NODESxRANKS", help="%(default)s")
-    add("--settle", type=int, default=40, help="most steps until auto has settled (%(default)s)")
+    add("--settle", type=int, default=200, help="most steps until auto has settled (%(default)s)")
     add("--seconds", type=float, default=15.0, help="of measuring a setup, about (%(default)s)")
     add("--precision", type=float, default=0.7, help="standard error, %% (%(default)s)")
     add("--report", default="", metavar="NAME", help="write tools/reports/DATE-HARDWARE-NAME.md")
@@ -170,24 +171,18 @@ class Setup:
         for name, contender in self.contenders.items():
             if name != "auto":
                 contender.steps(self.workload.batches(contender, WARM_UP))
-        steps = self._settle()
+        auto = self.contenders["auto"]
+        steps = self.workload.settle(auto, self.options.settle)
+        chose = chosen(auto)
         blocks = {name: self._block(contender) for name, contender in self.contenders.items()}
         seconds = self._rounds(blocks)
         return {
             "seconds": seconds,
             "settled_after": steps,
-            "chose": chosen(self.contenders["auto"].parallel),
+            "chose": chose if chosen(auto) == chose else f"{chose}, then {chosen(auto)}",
+            "why": auto.tuner.line(),
             **judge(seconds),
         }
-
-    def _settle(self) -> int:
-        """Train auto until it has settled; the steps that this took."""
-        auto = self.contenders["auto"]
-        for done in range(1, self.options.settle + 1):
-            auto.steps(self.workload.batches(auto, 1))
-            if settled(auto.parallel):
-                return done
-        return int(self.options.settle)
 
     def _block(self, contender: Any) -> int:
         """Steps of a round, alike on all ranks."""
@@ -195,7 +190,7 @@ class Setup:
         start = time.perf_counter()
         contender.steps(batches)
         (spent,) = self.runtime.allreduce_scalar([time.perf_counter() - start], "max")
-        return max(1, min(16, round(BLOCK_S / spent)))
+        return max(1, min(MOST_BLOCK, round(BLOCK_S / spent)))
 
     def _rounds(self, blocks: Mapping[str, int]) -> dict[str, list[float]]:
         """Samples by name: of each round the slowest rank's."""
@@ -224,14 +219,10 @@ class Setup:
             contender.close()
 
 
-def settled(parallel: Any) -> bool:
-    """Whether auto goes on with what it has chosen; the same on all ranks."""
-    return False
-
-
-def chosen(parallel: Any) -> str:
-    """What auto has chosen, in a few words."""
-    return "?"
+def chosen(auto: Any) -> str:
+    """What auto uses now: codec, algorithm of the rails, size of buckets."""
+    choice = auto.tuner.choice
+    return f"{choice.codec}, {choice.rail_algorithm}, {choice.bucket_mb:.3g} MiB"
 
 
 def work(options: argparse.Namespace) -> int:

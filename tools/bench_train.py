@@ -22,6 +22,7 @@ The time of a block is that of its slowest rank; the table shows medians over ro
     cpu(ms)      processor time of a rank in a step, threads and all
     loss         of the last step, mean over ranks (under "none" every rank is on its own)
     sent(MiB)    a step, by a node through its network interfaces, headers included
+    x_sent       sent by the row over sent by hpcsync
     x_none       a step over one of "none"
     x_ddp        how many times as fast as DDP; x_exposed: DDP's exposed time over the row's
 
@@ -48,6 +49,7 @@ from tools.benchmark import MIB, BenchmarkError, median  # noqa: E402
 from tools.contenders import Workload  # noqa: E402
 
 NAMES = ("none", "ddp", "hpcsync")
+MOST_TO_SETTLE = 200  # steps that auto is given to choose in
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -83,6 +85,7 @@ class Bench:
         """Warm up, then the rounds."""
         for contender in self.contenders:
             contender.steps(self.workload.batches(contender, self.options.warm_up))
+            self.workload.settle(contender, MOST_TO_SETTLE)
         order = list(self.contenders)
         shuffle = random.Random(self.workload.config.run.seed)
         for _ in range(self.options.rounds):
@@ -95,6 +98,7 @@ class Bench:
     def rows(self) -> list[dict[str, Any]]:
         """The figures of the table."""
         by_name = {contender.name: contender.samples["seconds"] for contender in self.contenders}
+        sent = {contender.name: contender.samples["sent"] for contender in self.contenders}
         exposed = {
             name: median(own - none for own, none in zip(seconds, by_name["none"], strict=True))
             for name, seconds in by_name.items()
@@ -116,6 +120,7 @@ class Bench:
                     "cpu_ms": median(samples["cpu"]) * 1e3,
                     "loss": contender.loss,
                     "sent_bytes": median(samples["sent"]),
+                    "x_sent": _share(samples["sent"], sent.get("hpcsync", [])),
                     "x_none": _ratio(own, by_name.get("none", [])),
                     "x_ddp": _ratio(by_name.get("ddp", []), own),
                     "x_exposed": exposed["ddp"] / exposed[name] if both else None,
@@ -128,6 +133,11 @@ class Bench:
         """Free what the contenders hold; collective."""
         for contender in self.contenders:
             contender.close()
+
+
+def _share(own: list[float], whole: list[float]) -> float | None:
+    """Of the medians; None where nothing is sent."""
+    return median(own) / median(whole) if whole and median(whole) else None
 
 
 def _ratio(these: list[float], those: list[float]) -> float:
@@ -150,6 +160,7 @@ HEADS = [
     "cpu(ms)",
     "loss",
     "sent(MiB)",
+    "x_sent",
     "x_none",
     "x_ddp",
     "x_exposed",
@@ -169,6 +180,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         number(row["cpu_ms"], 1),
         number(row["loss"], 5),
         number(row["sent_bytes"] / MIB, 2),
+        number(row["x_sent"], 3),
         number(row["x_none"], 2),
         number(row["x_ddp"], 2),
         number(row["x_exposed"], 2),
@@ -241,7 +253,7 @@ def keep(
         body = [
             f"Medians of {options.rounds} rounds of {options.block} steps a contender, "
             "interleaved; exposed: a step less one without communication in the same round; "
-            "x_none: a step over one without communication; x_ddp: times as fast as DDP."
+            "x_none: a step over one without communication; x_sent: over what hpcsync sends; x_ddp: times as fast as DDP."
         ]
         for rows in tables:
             body += ["", f"## Links of {rows[0]['rate']}"] if rows[0]["rate"] else []

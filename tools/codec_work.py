@@ -3,7 +3,9 @@
 Touched bytes are the least that an operation can do with: every array that it reads, and every
 one that it writes, once. B is the piece in float32, C its coded form, E the error store:
 
-    encode      B + C + 2 E            decode     C + B         decode_add   C + 2 B
+    encode      B + C + 2 E
+    decode      C + B
+    decode_add  C + 2 B                of B, only the cache lines in which anything is added
     combine     2 B + 2 C + 2 E        one other rank's piece; own values read and overwritten
     exchange    2 B + 2 C + 2 E        of codecs whose coded forms are added: all but the network
     sum S -> O  (S + O) B              the outputs are among the sources, as in a node
@@ -26,6 +28,7 @@ from hpcsync.device.kernels import empty_bytes
 
 # threshold: from where a hundredth of a normal distribution lies.
 SETTINGS = Settings(threshold=2.576)
+LINE = 64  # bytes of a cache line
 SUMS = ((2, 1), (2, 2), (4, 1), (4, 4))
 
 
@@ -86,6 +89,9 @@ def _piece_operations(codec: PieceCodec, count: int) -> list[Operation]:
     def operation(name: str, touched: int, run: Callable[[], object], **more: Any) -> Operation:
         return Operation(codec=codec.name, name=name, touched=touched, source=raw, run=run, **more)
 
+    codec.decode(data, decoded)
+    lines = np.count_nonzero(np.logical_or.reduceat(decoded != 0, range(0, count, LINE // 4)))
+    added = min(raw, LINE * int(lines))
     both = 2 * raw + 2 * used + 2 * kept
     return [
         operation(
@@ -94,7 +100,7 @@ def _piece_operations(codec: PieceCodec, count: int) -> list[Operation]:
             lambda: codec.encode(values, out, sender, moment),
         ),
         operation("decode", used + raw, lambda: codec.decode(data, decoded)),
-        operation("decode_add", used + 2 * raw, lambda: codec.decode_add(data, total)),
+        operation("decode_add", used + 2 * added, lambda: codec.decode_add(data, total)),
         operation("combine", both, lambda: codec.combine(own, 0, [data], 2, out, owner, moment)),
     ]
 

@@ -84,6 +84,11 @@ class Contender:
         for micro_batches in batches:
             self.loss = self.engine.step(micro_batches).loss
 
+    @property
+    def tuner(self) -> Any:
+        """What chooses its codec, under auto; else None."""
+        return getattr(self.parallel, "tuner", None)
+
     def close(self) -> None:
         """Free what the exchange holds; collective."""
         if hasattr(self.parallel, "collectives"):
@@ -173,6 +178,17 @@ class Workload:
             ]
             for step in range(first, first + count)
         ]
+
+    def settle(self, contender: Contender, most: int) -> int:
+        """Train step by step until auto has chosen; the steps that this took.
+
+        auto times its steps from one to the next: other contenders must not come between them.
+        """
+        for done in range(most):
+            if contender.tuner is None or contender.tuner.settled:
+                return done
+            contender.steps(self.batches(contender, 1))
+        return most
 
     def block(self, contender: Contender, count: int) -> None:
         """Time some steps of a contender, and keep a mean step of them as a sample."""
