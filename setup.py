@@ -83,11 +83,17 @@ def machine_sets() -> dict[str, list[str]]:
 class BuildKernels(build_ext):
     """Compiles each kernel file for each instruction set and links them into one library.
 
-    ``build_ext --debug`` leaves out the optimiser: quick to build, slow to run, the same bits.
+    A package is installed without the library where it cannot be built; ``build_ext --inplace``,
+    which asks for the library alone, fails. ``build_ext --debug`` leaves out the optimiser:
+    quick to build, slow to run, the same bits.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self) -> None:
+        self.alone = bool(self.inplace) and not self.editable_mode
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -96,6 +102,9 @@ class BuildKernels(build_ext):
         try:
             self.build_library([Path(each) for each in ext.sources], target)
         except CompileError as error:
+            if self.alone:
+                # Whoever asks for the library itself wants the error, and the old one kept.
+                raise SystemExit(f"error: {error}") from error
             print(
                 f"warning: hpcsync is installed without its native kernels: {error}. "
                 "Sums and codecs will run in NumPy, which is slower.",
