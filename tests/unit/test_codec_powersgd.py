@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
 from hpcsync.codecs import Matrix, Moment, Settings, Store
-from hpcsync.codecs.powersgd import Factors, NativeFactors, PowerSGD, check, gains, lay_out
+from hpcsync.codecs.factors import Factors, NativeFactors
+from hpcsync.codecs.powersgd import PowerSGD, check, gains, lay_out
 from hpcsync.device import kernels
 
 Floats = NDArray[np.float32]
