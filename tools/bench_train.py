@@ -253,7 +253,8 @@ def keep(
         body = [
             f"Medians of {options.rounds} rounds of {options.block} steps a contender, "
             "interleaved; exposed: a step less one without communication in the same round; "
-            "x_none: a step over one without communication; x_sent: over what hpcsync sends; x_ddp: times as fast as DDP."
+            "x_sent: bytes over those of hpcsync; x_none: a step over one without communication; "
+            "x_ddp: times as fast as DDP."
         ]
         for rows in tables:
             body += ["", f"## Links of {rows[0]['rate']}"] if rows[0]["rate"] else []
