@@ -95,14 +95,15 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A bucket: float32 elements that a codec may code, and bytes of what goes uncoded."""
+    """A bucket: elements that a codec may code, and bytes of what goes uncoded in any case."""
 
     coded: int
     plain_bytes: int = 0
+    itemsize: int = 4
 
     @property
     def nbytes(self) -> int:
-        return self.coded * ITEM + self.plain_bytes
+        return self.coded * self.itemsize + self.plain_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def predict(
             plain, elements = load.nbytes, 0
         if elements:
             codec = measured.codecs[candidate.codec]
-            pieces = _pieces(elements * ITEM, codec.segment_bytes, whole)
+            pieces = _pieces(elements * load.itemsize, codec.segment_bytes, whole)
             stages = _coded(candidate.rail_algorithm, codec, measured, elements / pieces, layout)
             arrivals.append(Arrival(at_s, stages, pieces))
         if plain:

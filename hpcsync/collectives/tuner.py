@@ -27,7 +27,7 @@ _SETTLING = 2  # first steps, which warm caches up and lay buckets out anew
 _WATCH = 20  # steps between looks at the steady step
 _DRIFT = 0.2
 _PATIENCE = 200  # fewest steps between two races; doubles with each that changes nothing
-_BACKWARD = 0.6  # share of computing that the backward pass is taken for, if nobody tells
+_BACKWARD = 0.65  # share of computing that the backward pass is taken for, if nobody tells
 
 
 class Agreement(Protocol):
@@ -97,7 +97,7 @@ class Tuner:
         """Tell of a step; on every rank, after the exchange of the same step.
 
         Args:
-            step_s: from the end of the last exchange to the end of this one.
+            step_s: from the beginning of the first forward pass to the end of the exchange.
             leads: for each bucket, in order: the share of the gradients' bytes that is complete
                 with it, and how many seconds before the end of the backward pass that was.
 
