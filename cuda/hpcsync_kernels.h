@@ -67,6 +67,70 @@ HPCSYNC_API void hpcsync_factor_apply(float *m, float *error, size_t rows, size_
  * lanes and their tree as above. */
 HPCSYNC_API void hpcsync_orthogonalise(float *x, size_t rank, size_t n);
 
+/* ---- int4: rotated blocks of 256, four bits an element --------------------------------------------
+ *
+ * Coded: ceil(n / 256) scales (float), then (n + 1) / 2 bytes of nibbles q + 8, q in -8..7. A block
+ * of x is coded through h = H x / 256 + e, H the Hadamard matrix in Sylvester's order, and decodes
+ * to (H q) * scale, one rounding. A block with a NaN or Inf has the scale NaN and keeps its store.
+ * hpcsync_block_int4.h states scale, layout, and how the n % 256 values at the end are rotated.
+ *
+ * The error store is n int8 and ceil(n / 256) exponents, all 0 at first: e is the int8 times the
+ * power of two with that biased exponent. What was lost is rounded into it at random, by `seed`, so
+ * that no two calls should have the same. It becomes keep * e + (1 - keep) * lost; keep in [0, 1).
+ */
+
+/* Multiply each block of 256 values by H / 16, in place: orthonormal, its own inverse. Values are
+ * multiplied by 1/16, then added in pairs at distance 1, 2, 4 up to 128. */
+HPCSYNC_API void hpcsync_hadamard_f32(float *values, size_t blocks);
+
+/* Bytes of a coded piece. */
+HPCSYNC_API size_t hpcsync_int4_bytes(size_t n);
+
+/* n whole numbers -8..7 to (n + 1) / 2 bytes in the layout of a piece, and back. */
+HPCSYNC_API void hpcsync_int4_pack(const int8_t *q, size_t n, uint8_t *out);
+HPCSYNC_API void hpcsync_int4_unpack(const uint8_t *in, size_t n, int8_t *q);
+
+/* Code n values. error and exponents: the store, both or none NULL. stochastic: 0 to nearest even,
+ * else at random by `seed`; the store is rounded at random in both. */
+HPCSYNC_API void hpcsync_int4_encode(const float *x, int8_t *error, uint8_t *exponents, float keep,
+                                     size_t n, int stochastic, uint64_t seed, uint8_t *out);
+
+/* Decode n values; or add them to what `out` holds. */
+HPCSYNC_API void hpcsync_int4_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_int4_decode_add(const uint8_t *in, size_t n, float *out);
+
+/* An owner's part, block by block: the sum in rank order of the decoded pieces of `n_others` ranks
+ * and of `own`, which `place` of them precede; divided by `divisor`, coded to `out` as by
+ * hpcsync_int4_encode, and decoded to `own`. */
+HPCSYNC_API void hpcsync_int4_combine(float *own, size_t place, const uint8_t *const *others,
+                                      size_t n_others, size_t n, float divisor, int8_t *error,
+                                      uint8_t *exponents, float keep, int stochastic,
+                                      uint64_t seed, uint8_t *out);
+
+/* ---- onebit: signs and the mean magnitude of blocks of 1024 ---------------------------------------
+ *
+ * Coded: ceil(n / 1024) scales (float), then (n + 7) / 8 bytes, the sign bit of element i in bit
+ * i % 8 of byte i / 8. h = x + error decodes to the block's scale with its sign. The scale is the
+ * sum of |h| over the count of elements: 16 partial sums by index mod 16, then lane l adds lane
+ * l + 8, then l + 4, l + 2, l + 1. A block with a NaN or Inf has the scale NaN, no sign bits, and
+ * keeps its errors.
+ */
+
+/* Bytes of a coded piece. */
+HPCSYNC_API size_t hpcsync_onebit_bytes(size_t n);
+
+/* Code n values; error (n floats, or NULL) is added, and becomes what was lost. */
+HPCSYNC_API void hpcsync_onebit_encode(const float *x, float *error, size_t n, uint8_t *out);
+
+/* Decode n values; or add them to what `out` holds. */
+HPCSYNC_API void hpcsync_onebit_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_onebit_decode_add(const uint8_t *in, size_t n, float *out);
+
+/* An owner's part, as hpcsync_int4_combine. */
+HPCSYNC_API void hpcsync_onebit_combine(float *own, size_t place, const uint8_t *const *others,
+                                        size_t n_others, size_t n, float divisor, float *error,
+                                        uint8_t *out);
+
 #ifdef __cplusplus
 }
 #endif
