@@ -55,9 +55,29 @@ def machine_rows(topology: Topology, machine: Machine, config: Config) -> list[t
         ("MPI", f"{name}, {machine.threads}\n{path}"),
         ("devices", machine.devices),
         ("transports", levels or "none: one rank has nobody to exchange with"),
-        ("exchange", f"{machine.algorithm}, {when}; codec {config.compress.codec}"),
+        ("exchange", f"{machine.algorithm}, {when}"),
+        ("codec", codec(config, topology)),
         ("buckets", machine.buckets),
     ]
+
+
+def codec(config: Config, topology: Topology) -> str:
+    """What is coded, where and from when on."""
+    compress = config.compress
+    if compress.codec == "none":
+        return "none"
+    name = compress.codec
+    if name == "auto":
+        name = f"auto, of {', '.join(compress.allow)}"
+    if compress.where == "rail" and topology.node_count == 1:
+        return (
+            f"{name}, between nodes: there is one, so nothing is coded; compress.where=all codes "
+            "between all ranks"
+        )
+    text = f"{name}, between {'all ranks' if compress.where == 'all' else 'nodes'}"
+    if compress.warmup:
+        text += f", from step {compress.warmup + 1} on"
+    return text if compress.error_feedback else text + ", without error feedback"
 
 
 def nodes(topology: Topology) -> str:
@@ -99,7 +119,8 @@ def batch_row(config: Config, ranks: int, tokens_per_sample: int, unit: str) -> 
 def training_row(config: Config) -> tuple[str, str]:
     """Steps, learning rate and precision."""
     train = config.train
-    text = f"{count(train.steps, 'step')}, AdamW, lr {train.lr:g}, {train.precision}"
+    optimizer = "AdamW" if train.optimizer == "adamw" else "1-bit Adam"
+    text = f"{count(train.steps, 'step')}, {optimizer}, lr {train.lr:g}, {train.precision}"
     extras = {
         f"loss scale {train.loss_scale}": train.loss_scale != "none",
         "activation checkpointing": train.activation_checkpointing,

@@ -246,6 +246,7 @@ class Loop:
         runtime, parts, step = self.runtime, self.parts, self.parts.sampler.step
         torch.manual_seed(data.step_seed(self.config.run.seed, step, runtime.rank))
         count = self.config.train.accumulate
+        codec = parts.parallel.reducer.codec
         with memory_errors(f"step {step + 1}"):
             batches: list[Batch] = [
                 parts.source.train_batch(
@@ -255,9 +256,9 @@ class Loop:
             ]
             result = parts.engine.step(batches)
         parts.sampler.advance()
-        return self.agree(result, begin)
+        return self.agree(result, begin, codec)
 
-    def agree(self, result: StepResult, begin: float) -> tuple[StepRecord, int]:
+    def agree(self, result: StepResult, begin: float, codec: str) -> tuple[StepRecord, int]:
         """Means over the ranks, and whether to go on: one small allreduce after the optimizer.
 
         Its time is that of waiting for the slowest rank's optimizer, and told apart.
@@ -298,6 +299,7 @@ class Loop:
             internode_bytes=internode,
             loss_scale=result.loss_scale,
             skipped=result.skipped,
+            codec=codec,
         )
         number = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         return record, int(number)

@@ -14,7 +14,8 @@ Sleeping. Blocking MPI calls spin, and a spinning thread takes the core that com
 nothing is ready the thread sleeps for a fraction of the time that nothing has moved, up to
 ``MOST_SLEEP_S``: short waits are met at once, and a long one costs a few per cent of a core.
 Where ranks outnumber cores both bounds grow with their ratio, or the ranks that wait would keep
-those that work from a core.
+those that work from a core. While the main thread computes and waits for nothing, sleeps may be
+longer, up to ``PATIENT_SLEEP_S``: there is other work to hide behind.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from ..transports.base import Wait
 
 LEAST_SLEEP_S = 60e-6
 MOST_SLEEP_S = 1e-3
+PATIENT_SLEEP_S = 4e-3
 _SLEEP_SHARE = 0.4  # of the time that nothing has moved
 _STARVED_S = 2e-3  # without movement: the window opens
 _PR_SET_TIMERSLACK = 29
@@ -88,6 +90,8 @@ class Progress:
         self._timeout = timeout_s
         self._least_sleep_s = LEAST_SLEEP_S * max(crowding, 1.0)
         self._most_sleep_s = MOST_SLEEP_S * max(crowding, 1.0)
+        self._patient_sleep_s = PATIENT_SLEEP_S
+        self._waiting = 0
         self._incoming: deque[Job] = deque()
         self._pending: list[tuple[int, int, Job]] = []
         self._active: list[_Active] = []
@@ -128,10 +132,14 @@ class Progress:
             Exception: whatever a job raised.
         """
         with self._done:
-            while not condition():
-                if self._error is not None:
-                    raise self._error
-                self._done.wait()
+            self._waiting += 1
+            try:
+                while not condition():
+                    if self._error is not None:
+                        raise self._error
+                    self._done.wait()
+            finally:
+                self._waiting -= 1
 
     def notify(self) -> None:
         """Tell waiters that a job ended."""
@@ -175,7 +183,8 @@ class Progress:
                 continue
             if self._timeout and idle > self._timeout:
                 raise CollectiveTimeout(self._report(idle))
-            time.sleep(min(max(idle * _SLEEP_SHARE, self._least_sleep_s), self._most_sleep_s))
+            most = self._most_sleep_s if self._waiting else self._patient_sleep_s
+            time.sleep(min(max(idle * _SLEEP_SHARE, self._least_sleep_s), most))
 
     def _rest(self) -> None:
         """Nothing to do: sleep until something is submitted."""

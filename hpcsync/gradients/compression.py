@@ -23,7 +23,7 @@ import numpy as np
 from .. import codecs
 from ..codecs import Codec, Matrix
 from ..codecs.base import OWNER, Floats
-from ..collectives import Collective, Collectives
+from ..collectives import Collective, Collectives, choice
 from ..collectives.coding import Clock, Coding, Held, settings_of
 from ..config import CompressConfig
 from ..device import dtype_of
@@ -57,7 +57,7 @@ class Compression:
     """The compression of one model's gradients.
 
     Args:
-        config: the ``compress`` section; ``codec`` is not ``auto``.
+        config: the ``compress`` section; ``auto`` codes nothing until told to.
         seed: of the run.
 
     Attributes:
@@ -73,7 +73,7 @@ class Compression:
         self.clock = Clock()
         self.codec: Codec | None = None
         self._settings = settings_of(self.config, self.seed)
-        self.use(self.config.codec)
+        self.use("none" if self.config.codec == "auto" else self.config.codec)
 
     def use(self, name: str) -> None:
         """Code by the codec of that name from the next layout of the buckets on.
@@ -87,7 +87,8 @@ class Compression:
     @property
     def warm(self) -> bool:
         """Whether coding has begun: the first ``compress.warmup`` steps go uncoded."""
-        return self.codec is not None and self.steps >= self.config.warmup
+        here = choice.codes(self.config.where, self.collectives.topology)
+        return here and self.codec is not None and self.steps >= self.config.warmup
 
     def stepped(self) -> bool:
         """Count an exchange; True if the next one is to be coded and this one was not."""
@@ -108,7 +109,7 @@ class Compression:
 
     def wants(self, param: Parameter) -> bool:
         """Whether the parameter's gradient is coded now."""
-        return self.warm and _codable(self.config, param)
+        return self.warm and codable(self.config, param)
 
     def coding(self, plan: BucketPlan, params: Sequence[Parameter]) -> Coding | None:
         """How a bucket is to be coded; None if it holds nothing to be."""
@@ -133,7 +134,7 @@ class Compression:
         check = getattr(self.codec, "check", None)
         if check is None:
             return None
-        problem: str = check([each.shape for each in params if _codable(self.config, each)])
+        problem: str = check([each.shape for each in params if codable(self.config, each)])
         return UserError(problem) if problem else None
 
     def fragments(self, buckets: Sequence[Exchanged]) -> Iterator[tuple[int, Fragment]]:
@@ -236,7 +237,7 @@ def _overlaps(
                     yield bucket, held, index, low, high
 
 
-def _codable(config: CompressConfig, param: Parameter) -> bool:
+def codable(config: CompressConfig, param: Parameter) -> bool:
     """Whether the parameter's gradient is coded, once coding has begun."""
     if not dtype_of(param.dtype).floating or param.numel < config.min_elements:
         return False

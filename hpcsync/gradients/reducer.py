@@ -28,6 +28,7 @@ from ..collectives import Collectives
 from ..config import CommConfig
 from ..errors import HpcsyncError, ModelError, UserError
 from . import compression
+from .auto import Auto
 from .bucket import Bucket, Transform
 from .checks import check_same
 from .compression import Compression
@@ -47,6 +48,7 @@ class Reducer:
         config: the ``comm`` section.
         compression: how gradients are coded; not at all if not given.
         transform: makes what is exchanged in place of gradients.
+        auto: choose codec, algorithm and bucket size from measurements.
 
     Raises:
         ModelError: the ranks' parameters differ, or a parameter is not in host memory.
@@ -59,11 +61,13 @@ class Reducer:
         config: CommConfig,
         compression: Compression | None = None,
         transform: Transform | None = None,
+        auto: bool = False,
     ) -> None:
         self._collectives = collectives
         self._config = config
         self._compression = compression
         self.transform = transform
+        self._auto: Auto | None = None
         self._stale = False
         self._order: list[int] = []
         self._described: list[Parameter] = []
@@ -74,6 +78,14 @@ class Reducer:
         self._seen_order: list[int] = []
         self.stats = StepComm()
         self._adopt_parameters(named)
+        if compression is not None and auto:
+            self._auto = Auto(compression, config, self._described)
+
+    @property
+    def codec(self) -> str:
+        """The codec of the next exchange."""
+        warm = self._compression is not None and self._compression.warm
+        return self._compression.config.codec if self._compression and warm else "none"
 
     @property
     def buckets(self) -> tuple[BucketPlan, ...]:
@@ -117,6 +129,8 @@ class Reducer:
         """
         if self._callback:
             self._abandon()
+        if self._auto is not None and self._sync:
+            self._auto.begin_step()
         if _identity(param for _, param in named if param.requires_grad) != self._identity:
             self._adopt_parameters(named)
         elif self._seen_order or self._stale:
@@ -163,6 +177,7 @@ class Reducer:
             "order": [names[index] for index in self._order] if self._ordered else [],
             "compression": self._compression.state() if self._compression else None,
             "held": held,
+            "auto": self._auto.state_dict() if self._auto else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -176,6 +191,9 @@ class Reducer:
         if not {*state["order"], *state["held"]} <= set(index_of):
             problem = UserError("exchange state: it belongs to a model of other parameters")
         self._collectives.runtime.agree(problem)
+        if self._auto is not None:
+            self._auto.load_state_dict(state["auto"])
+            self._config = self._auto.comm
         if self._compression is not None and state["compression"]:
             self._compression.load_state(state["compression"])
         if state["order"]:
@@ -356,6 +374,11 @@ class Reducer:
         if not self._ordered:
             self._agree_on_order()
         if self._compression is not None and self._compression.stepped():
+            self._stale = True
+        if self._auto is not None and self._auto.finish_step(
+            self._buckets, self._order, self.stats, began
+        ):
+            self._config = self._auto.comm
             self._stale = True
         self._begin()
         if failed:

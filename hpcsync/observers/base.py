@@ -25,7 +25,7 @@ class RunInfo:
             ranks together train on in one step.
         unit: what a token is: "byte", "token" or "sample".
         val_unit: the unit of the held-out loss: "bits/byte" or "nats".
-        codec: name of the codec on the slow level.
+        codec: as the deck says.
         algorithm: how gradients are summed, as the reducer chose it.
         every_s: seconds between progress lines in a log file.
     """
@@ -58,6 +58,7 @@ class StepRecord:
         wait_ms: time at the step's end until all ranks had come to it.
         internode_bytes: sent by all ranks over links between nodes.
         skipped: the step was left out because gradients were not finite.
+        codec: of the step's gradients; ``none`` where nothing was coded.
     """
 
     step: int
@@ -73,6 +74,7 @@ class StepRecord:
     internode_bytes: float
     loss_scale: float
     skipped: bool
+    codec: str = "none"
 
 
 class Observer:

@@ -103,7 +103,7 @@ class Summary(Observer):
             "internode_bytes_per_step": _median(recent, "internode_bytes"),
             "skipped": self._skipped,
             "wall_s": round(time.monotonic() - self._begin, 3),
-            "codec": info.codec,
+            "codec": last.codec if last else info.codec,
             "algorithm": info.algorithm,
             "status": status,
             "detail": detail,

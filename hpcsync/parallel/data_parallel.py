@@ -59,7 +59,12 @@ class DataParallel(nn.Module):
         self.collectives = collectives or Collectives(runtime, comm)
         compression = _compression(self.collectives, compress, seed)
         self.reducer = Reducer(
-            list(module.named_parameters()), self.collectives, comm, compression, transform
+            list(module.named_parameters()),
+            self.collectives,
+            comm,
+            compression,
+            transform,
+            auto=compress is not None and compress.codec == "auto",
         )
         with torch.no_grad():
             broadcast_tensors(runtime, [*module.parameters(), *module.buffers()])

@@ -129,7 +129,7 @@ def test_the_banner_is_one_screen() -> None:
         "Open MPI v5.0.11, THREAD_MULTIPLE",
         "/opt/lib/libmpi.so.40",
         "node by shared_memory, rail by mpi_host",
-        "hierarchical, during the backward pass; codec none",
+        "hierarchical, during the backward pass",
         "2,048 samples a step = 512 ranks x 1 micro-batch x 4 samples; 262,144 bytes",
         "200 steps, AdamW, lr 0.001, bf16, torch.compile",
     ):
