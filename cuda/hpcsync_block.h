@@ -171,54 +171,58 @@ HPCSYNC_HD uint16_t hpcsync_to_bf16_random(float value, uint32_t random) {
 
 // ---- floats of few bits ----------------------------------------------------------------------
 
-// Magnitude to a code of `bits` mantissa bits whose least normal exponent is `least`: the
-// magnitude over its unit in the last place, rounded, above the exponent's first code. Works for
-// denormals (exponent held at `least`) and for carries into the next exponent. `magnitude` is
-// finite; `unit` < 0 rounds to nearest even, else at random.
-HPCSYNC_HD uint32_t hpcsync_small_float(float magnitude, int bits, int least, float unit) {
-    int32_t exponent = (int32_t)(hpcsync_bits(magnitude) >> 23) - 127;
-    exponent = exponent < least ? least : exponent;
-    // Up to 2^127 times 2^-117 and down to 2^-126 times 2^24: both powers are normal floats.
-    float ulps = magnitude * hpcsync_float((uint32_t)(127 + bits - exponent) << 23);
-    int32_t mantissa = unit < 0.0f ? hpcsync_round(ulps) : hpcsync_round_random(ulps, unit);
-    return (uint32_t)((exponent - least) << bits) + (uint32_t)mantissa;
+// The rounded code of a finite magnitude, given by its bits, in a format whose floats have the
+// upper 31 - `drop` bits of a float's magnitude and whose least normal exponent is `least`. Normal
+// numbers are rounded by an addend to the bits that are dropped, and carry into the exponent;
+// denormal ones are counted in units of the last place. The code may be beyond the format's last.
+HPCSYNC_HD uint32_t hpcsync_narrow(uint32_t size, int drop, int least, bool at_random,
+                                   uint32_t random) {
+    const uint32_t half = (1u << (drop - 1)) - 1u + ((size >> drop) & 1u);
+    const uint32_t addend = at_random ? random >> (32 - drop) : half;
+    const uint32_t normal =
+        ((size + addend) >> drop) - ((uint32_t)(126 + least) << (23 - drop));
+    const bool tiny = size < (uint32_t)(127 + least) << 23;
+    // Larger ones are not counted: they would not fit.
+    const float ulps = hpcsync_float(tiny ? size : 0u) *
+                       hpcsync_float((uint32_t)(127 + 23 - drop - least) << 23);
+    const int32_t count =
+        at_random ? hpcsync_round_random(ulps, hpcsync_unit(random)) : hpcsync_round(ulps);
+    return tiny ? (uint32_t)count : normal;
 }
 
-// float16 (IEEE binary16); too large becomes Inf, NaN the quiet NaN of its sign.
-HPCSYNC_HD uint16_t hpcsync_to_f16(float value, float unit) {
-    uint32_t size = hpcsync_abs_bits(value), sign = (hpcsync_bits(value) >> 16) & 0x8000u;
-    uint32_t code = hpcsync_small_float(hpcsync_float(size), 10, -14, unit);
-    code = size >= HPCSYNC_INF_BITS || code > 0x7C00u ? 0x7C00u : code;
+// float16 (IEEE binary16); too large becomes Inf, NaN the quiet NaN of its sign. `random` is used
+// if `at_random` only; else to nearest even.
+HPCSYNC_HD uint16_t hpcsync_to_f16(float value, bool at_random, uint32_t random) {
+    const uint32_t size = hpcsync_abs_bits(value), sign = (hpcsync_bits(value) >> 16) & 0x8000u;
+    uint32_t code = hpcsync_narrow(size, 13, -14, at_random, random);
+    code = size >= 0x47800000u ? 0x7C00u : code;  // 65536 and more, and Inf
     code = size > HPCSYNC_INF_BITS ? 0x7E00u : code;
     return (uint16_t)(sign | code);
 }
 
 HPCSYNC_HD float hpcsync_from_f16(uint16_t code) {
-    uint32_t size = code & 0x7FFFu, sign = (uint32_t)(code & 0x8000u) << 16;
-    float normal = hpcsync_float((size << 13) + (112u << 23));
-    float tiny = hpcsync_float((size << 13) + (113u << 23)) - 6.103515625e-5f;  // 2^-14
+    const uint32_t size = code & 0x7FFFu, sign = (uint32_t)(code & 0x8000u) << 16;
+    const float normal = hpcsync_float((size << 13) + (112u << 23));
+    const float tiny = hpcsync_float((size << 13) + (113u << 23)) - 6.103515625e-5f;  // 2^-14
     uint32_t bits = hpcsync_bits(size < 0x0400u ? tiny : normal);
     bits = size >= 0x7C00u ? (size << 13) + (224u << 23) : bits;
     return hpcsync_float(sign | bits);
 }
 
-// e4m3fn (Micikevicius et al. 2022, arXiv 2209.05433): no Inf, largest 448, NaN is 0x7F. Finite
-// values above 448 become 448; Inf becomes NaN.
-HPCSYNC_HD uint8_t hpcsync_to_e4m3(float value, float unit) {
-    uint32_t size = hpcsync_abs_bits(value), sign = (hpcsync_bits(value) >> 24) & 0x80u;
-    uint32_t code = hpcsync_small_float(hpcsync_float(size), 3, -6, unit);
-    code = code > 0x7Eu ? 0x7Eu : code;
-    code = size >= HPCSYNC_INF_BITS ? 0x7Fu : code;
-    return (uint8_t)(sign | code);
+// e4m3fn (Micikevicius et al. 2022, arXiv 2209.05433): no Inf, largest 448. These two are for
+// values within a scaled block: finite, at most a rounding above 448 (which become 448), and codes
+// without NaN (0x7F).
+HPCSYNC_HD uint8_t hpcsync_to_e4m3(float value, bool at_random, uint32_t random) {
+    const uint32_t size = hpcsync_abs_bits(value), sign = (hpcsync_bits(value) >> 24) & 0x80u;
+    const uint32_t code = hpcsync_narrow(size, 20, -6, at_random, random);
+    return (uint8_t)(sign | (code > 0x7Eu ? 0x7Eu : code));
 }
 
 HPCSYNC_HD float hpcsync_from_e4m3(uint8_t code) {
-    uint32_t size = code & 0x7Fu, sign = (uint32_t)(code & 0x80u) << 24;
-    float normal = hpcsync_float((size << 20) + (120u << 23));
-    float tiny = hpcsync_float((size << 20) + (121u << 23)) - 0.015625f;  // 2^-6
-    uint32_t bits = hpcsync_bits(size < 8u ? tiny : normal);
-    bits = size == 0x7Fu ? HPCSYNC_NAN_BITS : bits;
-    return hpcsync_float(sign | bits);
+    const uint32_t size = code & 0x7Fu, sign = (uint32_t)(code & 0x80u) << 24;
+    const float normal = hpcsync_float((size << 20) + (120u << 23));
+    const float tiny = hpcsync_float((size << 20) + (121u << 23)) - 0.015625f;  // 2^-6
+    return hpcsync_float(sign | hpcsync_bits(size < 8u ? tiny : normal));
 }
 
 // ---- the divisor of a sum --------------------------------------------------------------------

@@ -36,6 +36,120 @@ HPCSYNC_API const char *hpcsync_isa(void);
 /* Choose an instruction set by name; 0 if the processor has it, else -1 and nothing changes. */
 HPCSYNC_API int hpcsync_use_isa(const char *name);
 
+/* ---- sums: buffers of several ranks ------------------------------------------------------------
+ *
+ * Each of `outs` becomes (sources[0] + sources[1] + ...) / divisor, added from left to right. An
+ * output may be one of the sources; apart from that no two arrays overlap. There is at least one
+ * source. Outputs of 4 MiB and more that are no sources are written past the caches.
+ */
+HPCSYNC_API void hpcsync_add_f32(float *const *outs, size_t n_outs, const float *const *sources,
+                                 size_t n_sources, size_t n, float divisor);
+
+/* The same of bfloat16 and of float16, by their bits: widened to float, added and divided there,
+ * and rounded once, to nearest even. NaN becomes the quiet NaN of its sign. */
+HPCSYNC_API void hpcsync_add_bf16(uint16_t *const *outs, size_t n_outs,
+                                  const uint16_t *const *sources, size_t n_sources, size_t n,
+                                  float divisor);
+HPCSYNC_API void hpcsync_add_f16(uint16_t *const *outs, size_t n_outs,
+                                 const uint16_t *const *sources, size_t n_sources, size_t n,
+                                 float divisor);
+
+/* ---- floats and integers: one code an element ---------------------------------------------------
+ *
+ *   bf16   upper half of a float; 2 bytes an element
+ *   fp16   IEEE half precision; 2 bytes an element; what is too large becomes Inf
+ *   fp8    e4m3fn, 1 byte an element, and a scale a block: its largest magnitude / 448
+ *   int8   -127..127, 1 byte an element, and a scale a block: its largest magnitude / 127
+ *
+ * Blocks have 256 elements, the last one what is left. Coded layout: the blocks' scales as float,
+ * if there are any, then the codes, without padding; NAME_bytes says how many bytes. Each codec has
+ *
+ *   encode      codes x + error (x alone where error is NULL); error, where it is not NULL, becomes
+ *               what was lost: (x + error) - decoded
+ *   decode      writes n elements to out
+ *   decode_add  adds n elements to out
+ *   combine     the owner's part of a sum: own, the n_others coded arrays before and behind it in
+ *               rank order (`place` of them come before), added from left to right, divided, then
+ *               coded as by encode; own becomes what `out` decodes to. `out` is none of `others`.
+ *
+ * stochastic: not 0 rounds at random by `seed` and the element's index, without bias; 0 to nearest,
+ * ties to even.
+ * A block with a NaN or Inf has a scale of NaN, codes of 0, and leaves its part of error as it was;
+ * of bf16 and fp16 the same goes for the one element, which stays NaN or Inf. Blocks whose largest
+ * magnitude is below about 1e-36 are coded as zeros; error keeps all of them.
+ */
+HPCSYNC_API size_t hpcsync_bf16_bytes(size_t n);
+HPCSYNC_API void hpcsync_bf16_encode(const float *x, float *error, size_t n, int stochastic,
+                                     uint64_t seed, uint8_t *out);
+HPCSYNC_API void hpcsync_bf16_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_bf16_decode_add(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_bf16_combine(float *own, size_t place, const uint8_t *const *others,
+                                      size_t n_others, size_t n, float divisor, float *error,
+                                      int stochastic, uint64_t seed, uint8_t *out);
+
+HPCSYNC_API size_t hpcsync_fp16_bytes(size_t n);
+HPCSYNC_API void hpcsync_fp16_encode(const float *x, float *error, size_t n, int stochastic,
+                                     uint64_t seed, uint8_t *out);
+HPCSYNC_API void hpcsync_fp16_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_fp16_decode_add(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_fp16_combine(float *own, size_t place, const uint8_t *const *others,
+                                      size_t n_others, size_t n, float divisor, float *error,
+                                      int stochastic, uint64_t seed, uint8_t *out);
+
+HPCSYNC_API size_t hpcsync_fp8_bytes(size_t n);
+HPCSYNC_API void hpcsync_fp8_encode(const float *x, float *error, size_t n, int stochastic,
+                                    uint64_t seed, uint8_t *out);
+HPCSYNC_API void hpcsync_fp8_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_fp8_decode_add(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_fp8_combine(float *own, size_t place, const uint8_t *const *others,
+                                     size_t n_others, size_t n, float divisor, float *error,
+                                     int stochastic, uint64_t seed, uint8_t *out);
+
+HPCSYNC_API size_t hpcsync_int8_bytes(size_t n);
+HPCSYNC_API void hpcsync_int8_encode(const float *x, float *error, size_t n, int stochastic,
+                                     uint64_t seed, uint8_t *out);
+HPCSYNC_API void hpcsync_int8_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_int8_decode_add(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_int8_combine(float *own, size_t place, const uint8_t *const *others,
+                                      size_t n_others, size_t n, float divisor, float *error,
+                                      int stochastic, uint64_t seed, uint8_t *out);
+
+/* ---- integers of shared scales ------------------------------------------------------------------
+ *
+ * Integers that ranks add: the ranks agree on each block's largest magnitude first. maxima[b] is
+ * that of block b of 256 elements, as the bits of a float: nonnegative, in the order of the floats,
+ * Inf and NaN above all others; ranks take the maximum as integers. The scale is maximum / levels.
+ */
+
+/* The largest magnitudes of x + error (x alone where error is NULL). */
+HPCSYNC_API void hpcsync_shared_maxima(const float *x, const float *error, size_t n,
+                                       int32_t *maxima);
+
+/* Numbers from -levels to levels (1..127) for x + error; error, where it is not NULL, becomes what
+ * was lost. Blocks with a NaN or Inf among their maxima are zeros, and leave error as it was. The
+ * result is the sum of all numbers modulo 2^32. One function for each width of integers. */
+HPCSYNC_API uint32_t hpcsync_shared_encode_i8(const float *x, float *error, size_t n,
+                                              const int32_t *maxima, int32_t levels,
+                                              int stochastic, uint64_t seed, int8_t *out);
+HPCSYNC_API uint32_t hpcsync_shared_encode_i16(const float *x, float *error, size_t n,
+                                               const int32_t *maxima, int32_t levels,
+                                               int stochastic, uint64_t seed, int16_t *out);
+HPCSYNC_API uint32_t hpcsync_shared_encode_i32(const float *x, float *error, size_t n,
+                                               const int32_t *maxima, int32_t levels,
+                                               int stochastic, uint64_t seed, int32_t *out);
+
+/* Numbers, added over ranks, times the scale, then divided. The result is the sum of all numbers
+ * modulo 2^32: that of the ranks' results of encode, or a number was changed on its way. */
+HPCSYNC_API uint32_t hpcsync_shared_decode_i8(const int8_t *in, size_t n,
+                                              const int32_t *maxima, int32_t levels,
+                                              float divisor, float *out);
+HPCSYNC_API uint32_t hpcsync_shared_decode_i16(const int16_t *in, size_t n,
+                                               const int32_t *maxima, int32_t levels,
+                                               float divisor, float *out);
+HPCSYNC_API uint32_t hpcsync_shared_decode_i32(const int32_t *in, size_t n,
+                                               const int32_t *maxima, int32_t levels,
+                                               float divisor, float *out);
+
 /* ---- factors: low-rank products (PowerSGD) ------------------------------------------------------
  *
  * A matrix m is row-major, rows x columns. Factors are kept as rows: p is rank x rows, q is
@@ -130,6 +244,67 @@ HPCSYNC_API void hpcsync_onebit_decode_add(const uint8_t *in, size_t n, float *o
 HPCSYNC_API void hpcsync_onebit_combine(float *own, size_t place, const uint8_t *const *others,
                                         size_t n_others, size_t n, float divisor, float *error,
                                         uint8_t *out);
+
+/* ---- sparse: the elements of largest magnitude --------------------------------------------------
+ *
+ * Coded: a header of two uint32, kind and number of entries; indices; then a bfloat16 (nearest even,
+ * finite values stay finite) for each entry, in the order of the indices. Kinds:
+ *
+ *   0 poison   nothing follows: every element is NaN
+ *   1 bytes    a count (uint8) for each block of 256 elements, an index in its block (uint8) for
+ *              each entry; not where a block has 256 entries
+ *   2 words    the same with blocks of 65536, counts of uint32, indices of uint16
+ *   3 bitmap   a bit an element, the lowest of a byte first; (n + 7) / 8 bytes
+ *   4 dense    no indices: every element is an entry
+ *
+ * The kind is the one of fewest bytes, the lower of equals. 0 elements are 0 bytes; n < 2^32.
+ *
+ * Which elements go: the k largest of the magnitudes not below `minimum`, never zeros. Of those that
+ * equal the least of them, evenly spread ones go; the seed decides which: see hpcsync_ties_begin in
+ * hpcsync_block_sparse.h.
+ */
+
+/* Most bytes of a coded piece with at most `most` entries. */
+HPCSYNC_API uint64_t hpcsync_sparse_bytes(size_t n, size_t most);
+
+/* How many uint32 of scratch hpcsync_sparse_encode needs; their contents do not matter. */
+HPCSYNC_API size_t hpcsync_sparse_scratch(size_t n, size_t k, float minimum);
+
+/* Code a piece; the result is the bytes used. Adds into the stores, which may be NULL:
+ *
+ *   velocity = momentum * velocity + x / divisor
+ *   error    = error + velocity             (error + x / divisor without velocity)
+ *
+ * and codes the error store, or x itself where error is NULL (then divisor must be 1). Of entries,
+ * velocity becomes 0, and error what rounding lost. Where a sum is NaN or Inf, the stores keep their
+ * elements, and the piece is coded as poison. */
+HPCSYNC_API size_t hpcsync_sparse_encode(const float *x, float divisor, float momentum,
+                                         float *velocity, float *error, size_t n, size_t k,
+                                         float minimum, uint64_t seed, uint32_t *scratch,
+                                         uint8_t *out);
+
+/* Decode n elements; or add the entries to what `out` holds. */
+HPCSYNC_API void hpcsync_sparse_decode(const uint8_t *in, size_t n, float *out);
+HPCSYNC_API void hpcsync_sparse_decode_add(const uint8_t *in, size_t n, float *out);
+
+/* Zero a field of n elements where a coded piece has entries; poison has none. */
+HPCSYNC_API void hpcsync_sparse_clear(const uint8_t *in, size_t n, float *field);
+
+/* The stores' sums of hpcsync_sparse_encode alone; 1 if one is NaN or Inf, else 0. */
+HPCSYNC_API int hpcsync_sparse_accumulate(const float *x, float divisor, float momentum,
+                                          float *velocity, float *error, size_t n);
+
+/* x = momentum * velocity + x, and velocity the same where it is finite; 1 if it is not, else 0. */
+HPCSYNC_API int hpcsync_sparse_momentum(float *x, float momentum, float *velocity, size_t n);
+
+/* Random-k: `groups` different groups of 16 elements, by the seed alone (hpcsync_group_at in
+ * hpcsync_block_sparse.h). take copies them to out, 16 * groups floats, zeros beyond the end of x;
+ * with `clear` it zeroes them in x. put writes in / divisor * scale to their elements of out, and
+ * zero to all others; groups is at least 1 unless n is 0. */
+HPCSYNC_API void hpcsync_groups_take(float *x, size_t n, size_t groups, uint64_t seed, int clear,
+                                     float *out);
+HPCSYNC_API void hpcsync_groups_put(const float *in, size_t n, size_t groups, uint64_t seed,
+                                    float divisor, float scale, float *out);
 
 #ifdef __cplusplus
 }

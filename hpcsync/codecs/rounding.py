@@ -67,3 +67,61 @@ def rounded(y: Floats, seed: int | None) -> Floats:
         return np.rint(y)
     below: Floats = np.floor(y + units(seed, y.shape[0]))
     return below
+
+
+def magnitude_bits(values: Floats) -> Words:
+    """|values| as bits, which are ordered as the values are, then Inf, then NaN."""
+    return values.view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
+def block_largest(values: Floats, block: int) -> Words:
+    """The bits of the largest magnitude in each block; the last block may be shorter."""
+    bits = magnitude_bits(values)
+    whole = bits.shape[0] // block * block
+    found: Words = bits[:whole].reshape(-1, block).max(axis=1)
+    if whole < bits.shape[0]:
+        found = np.append(found, bits[whole:].max())
+    return found
+
+
+def block_scales(largest: Words, levels: float) -> tuple[Floats, Floats]:
+    """Scale and inverse of blocks whose largest magnitudes have these bits.
+
+    ``hpcsync_block_scale``: the scale is NaN for blocks with a NaN or Inf, and both are 0 for those
+    that are coded as zeros. It is bounded, so that ``levels * scale`` is finite.
+    """
+    most = np.nextafter(FLOAT_MAX / np.float32(levels), np.float32(0))
+    sizes = largest.view(np.float32)
+    with np.errstate(all="ignore"):
+        inverse = np.float32(levels) / sizes
+        scale = np.minimum(sizes / np.float32(levels), most)
+    coded = np.isfinite(sizes) & np.isfinite(inverse)
+    scale = np.where(coded, scale, np.where(np.isfinite(sizes), np.float32(0), np.float32(np.nan)))
+    return scale.astype(np.float32), np.where(coded, inverse, np.float32(0)).astype(np.float32)
+
+
+def spread(of_blocks: NDArray[Any], block: int, count: int) -> NDArray[Any]:
+    """What is said of each block, for each of ``count`` elements."""
+    return np.repeat(of_blocks, block)[:count]
+
+
+def narrowed(values: Floats, drop: int, least: int, seed: int | None) -> Words:
+    """Rounded codes of finite magnitudes in a format of fewer bits, ``hpcsync_narrow``.
+
+    Args:
+        drop: bits of a float32's mantissa that the format lacks.
+        least: the format's least normal exponent.
+        seed: rounds at random; None to nearest even.
+    """
+    size = magnitude_bits(values)
+    shift = np.uint32(drop)
+    tiny = size < np.uint32((127 + least) << 23)
+    ulps = np.where(tiny, size, np.uint32(0)).view(np.float32) * np.float32(
+        2.0 ** (23 - drop - least)
+    )
+    if seed is None:
+        addend = np.uint32((1 << (drop - 1)) - 1) + ((size >> shift) & np.uint32(1))
+    else:
+        addend = random_bits(seed, values.shape[0]) >> np.uint32(32 - drop)
+    normal = ((size + addend) >> shift) - np.uint32((126 + least) << (23 - drop))
+    return np.where(tiny, rounded(ulps, seed).astype(np.uint32), normal)
