@@ -7,18 +7,19 @@ ends all ranks with one line and nobody waits for a rank that is gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from . import banner, data, launch, models
-from .config import Config
+from .config import CompressConfig, Config
 from .data import Sampler, Source
 from .engine import Engine, ExhaustedError, compile_model, make_optimizer, memory_errors
 from .errors import DataError, UserError
 from .launch import Runtime
+from .onebit_adam import OneBitAdam
 from .parallel import DataParallel
 from .stopping import StoppedError, StopSignals
 
@@ -103,10 +104,12 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
             model,
             runtime=runtime,
             comm=config.comm,
-            compress=config.compress,
+            compress=_compress(config),
             seed=config.run.seed,
         )
     optimizer = together(runtime, signals, "optimizer", lambda: make_optimizer(model, train))
+    if isinstance(optimizer, OneBitAdam):
+        parallel.reducer.transform = optimizer.momentum
     if train.compile:
         compile_model(model)
     return Parts(
@@ -115,6 +118,13 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
         parallel=parallel,
         engine=Engine(model, optimizer, parallel, train),
     )
+
+
+def _compress(config: Config) -> CompressConfig:
+    """1-bit Adam learns the variance from gradients as they are: nothing is coded before that."""
+    if config.train.optimizer == "adamw":
+        return config.compress
+    return replace(config.compress, warmup=max(config.compress.warmup, config.train.freeze))
 
 
 def _build_model(config: Config, source: Source) -> nn.Module:

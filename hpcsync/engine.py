@@ -24,6 +24,7 @@ from torch.optim import AdamW, Optimizer
 
 from .config import TrainConfig
 from .errors import HpcsyncError, NonFiniteError, UserError
+from .onebit_adam import OneBitAdam
 from .rules import LossScale, learning_rate
 
 Batch = tuple[Tensor, Tensor]
@@ -89,6 +90,7 @@ class Engine:
         self.data_parallel = data_parallel
         self.config = config
         self.scale = LossScale(config.loss_scale)
+        self.momentum = optimizer.momentum if isinstance(optimizer, OneBitAdam) else None
         self.step_count = 0
         self.skipped = 0
         self.skipped_in_row = 0
@@ -104,17 +106,22 @@ class Engine:
         self.model.train()
         self.optimizer.zero_grad()
         scale = self.scale.value
+        # Momentum comes without the loss scale, and is not clipped.
+        scaled = self.momentum is None or not self.momentum.active
+        if self.momentum is not None:
+            self.momentum.scale = scale
         loss = self._backward(micro_batches, scale)
-        norm = float(self.data_parallel.norm()) / scale
+        norm = float(self.data_parallel.norm()) / (scale if scaled else 1.0)
         finite = math.isfinite(norm)
         lr = learning_rate(self.config, self.step_count)
         if finite:
-            self._scale_gradients(norm, scale)
+            if scaled:
+                self._scale_gradients(norm, scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.scale.update(finite)
-        if self.scale.value != scale:
+        if self.scale.value != scale and scaled:
             self.data_parallel.rescale(self.scale.value / scale)
         self.step_count += 1
         self.skipped += not finite
@@ -217,8 +224,9 @@ class Engine:
         )
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW (Loshchilov and Hutter, ICLR 2019); vectors such as biases and norms do not decay."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, ICLR 2019), or 1-bit Adam; vectors such as biases and norms do
+    not decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("model: no parameter takes a gradient, so there is nothing to train")
@@ -227,13 +235,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=fused or None,
-    )
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": fused or None,
+    }
+    taken = [group for group in groups if group["params"]]
+    if config.optimizer == "onebit_adam":
+        return OneBitAdam(taken, **settings, freeze=config.freeze)
+    return AdamW(taken, **settings)
 
 
 def compile_model(model: nn.Module) -> None:

@@ -117,7 +117,6 @@ class Auto:
         config, collectives = compression.config, compression.collectives
         topology = collectives.topology
         layout = Layout.of(topology, self._deck, config.where)
-        link = collectives.rail if topology.node_count > 1 else collectives.world
         settings = settings_of(config, compression.seed)
         shapes = [each.shape for each in self._params if codable(config, each)]
         allowed = {
@@ -125,15 +124,7 @@ class Auto:
             for name in config.allow
             if name != UNCODED and not _refuses(made := codecs.build(name, settings), shapes)
         }
-        measured = probe(
-            collectives.runtime,
-            link.comm,
-            allowed,
-            self._deck,
-            layout,
-            shapes,
-            torch.get_num_threads(),
-        )
+        measured = probe(collectives, allowed, layout, shapes, torch.get_num_threads())
         return Tuner(
             collectives.runtime,
             self._deck,

@@ -418,10 +418,12 @@ class Reducer:
             if self._came[index]:
                 continue
             if bucket.params[slot].grad is None:
-                bucket.views[slot].zero_()
+                view = bucket.views[slot].zero_()
+                if self.transform is not None and self.transform.active:
+                    self.transform.apply(bucket.params[slot], view, view)
                 self._used[index] = False  # it was, in a no_sync whose gradients were dropped
             else:  # left from before, or set by the user: it counts
-                bucket.adopt(slot)
+                bucket.adopt(slot, self.transform)
                 self._used[index] = True
 
 
