@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,42 +22,34 @@ from ..config import CommConfig
 from ..device.kernels import empty_bytes
 from ..launch import Runtime
 from . import choice
-from .costs import UNCODED, CodecCost, Layout, LinkCost, Measured
+from .context import Collectives
+from .costs import UNCODED, CodecCost, Layout, Measured
+from .link_probe import probe_link
 
-if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
-
-_TAG = 0
-_MESSAGE = 1 << 18  # bytes, as a segment's share has
-_SMALLEST, _LARGEST, _GROWTH = 1 << 16, 1 << 24, 4  # bytes
-_LONG_ENOUGH_S = 0.05  # for an exchange to tell the bandwidth, past what the link's queues hold
-_PINGS = 12
 _PIECE = 1 << 16  # elements
 _PIECES = 16  # more than a core's cache holds, as gradients are
 _WORK_S = 6e-3  # for each function of a codec
 _MOST_CALLS = 15
 _CROWD_S = 0.03
+_MOST_CROWD = 8.0  # more is a neighbour's doing, who will not stay
 _WHOLE = 1 << 20  # most elements of the matrix on which codecs of whole tensors are timed
 
 
 def probe(
-    runtime: Runtime,
-    link: Intracomm,
+    collectives: Collectives,
     codecs: Mapping[str, Codec],
-    comm: CommConfig,
     layout: Layout,
     shapes: Sequence[Sequence[int]] = (),
     threads: int = 1,
 ) -> Measured:
-    """Measure; collective over the job, while nothing else is exchanged.
+    """Measure; collective over the job, while nothing is exchanged.
 
     Args:
-        link: a communicator of the ranks that exchange gradients over the link to be measured:
-            the rail's, or all ranks' on one node.
         codecs: by name.
         shapes: of the parameters that are coded, for codecs of whole tensors.
         threads: with which each rank computes.
     """
+    runtime, comm = collectives.runtime, collectives.config
     delay, stretch = _crowding(runtime, threads)
     source = np.random.default_rng(runtime.rank).standard_normal(_PIECE * _PIECES, np.float32)
     source *= np.float32(1e-3)
@@ -71,10 +62,12 @@ def probe(
         for name, codec in codecs.items()
         if name != UNCODED
     }
-    numbers = [add_s, delay, stretch]
+    numbers = [add_s]
     for cost in costs.values():
         numbers += [cost.encode_s, cost.decode_s, cost.decode_add_s, cost.combine_s]
-    add_s, delay, stretch, *rest = runtime.allreduce_scalar(numbers, "max")
+    add_s, *rest = runtime.allreduce_scalar(numbers, "max")
+    together = runtime.allreduce_scalar([delay, stretch], "sum")
+    delay, stretch = (each / runtime.size for each in together)
     agreed: dict[str, CodecCost] = {}
     for at, (name, cost) in enumerate(costs.items()):
         encode_s, decode_s, decode_add_s, combine_s = rest[4 * at : 4 * at + 4]
@@ -85,62 +78,9 @@ def probe(
             decode_add_s=decode_add_s,
             combine_s=combine_s,
         )
-    return Measured(probe_link(runtime, link), agreed, add_s, delay, stretch)
-
-
-def probe_link(runtime: Runtime, comm: Intracomm) -> LinkCost:
-    """Latency and bandwidth of messages to the next rank while all ranks send and receive.
-
-    Collective over the job; a rank whose ``comm`` has no other rank only takes part in the
-    agreement.
-    """
-    send, receive = np.ones(_LARGEST, np.uint8), np.ones(_LARGEST, np.uint8)
-    runtime.barrier()
-    _exchange(runtime, comm, send[:1], receive[:1])
-    before = time.process_time()
-    pings = [_exchange(runtime, comm, send[:1], receive[:1]) for _ in range(_PINGS)]
-    message_cpu_s = (time.process_time() - before) / _PINGS
-    latency_s, message_cpu_s = runtime.allreduce_scalar([median(pings), message_cpu_s], "max")
-    nbytes = _SMALLEST
-    while True:
-        # Twice: the first empties what the link lets pass at once, and may have begun unevenly.
-        part = send[:nbytes], receive[:nbytes]
-        taken = [] if nbytes * _GROWTH <= _LARGEST else [_exchange(runtime, comm, *part)]
-        before = time.process_time()
-        taken.append(_exchange(runtime, comm, *part))
-        cpu_s = time.process_time() - before
-        wire_s, cpu_s = runtime.allreduce_scalar([min(taken), cpu_s], "max")
-        if wire_s > _LONG_ENOUGH_S or nbytes * _GROWTH > _LARGEST:
-            break
-        nbytes *= _GROWTH
-    return LinkCost(
-        latency_s=latency_s,
-        wire_s=max(wire_s - latency_s, 0.0) / nbytes,
-        cpu_s=cpu_s / nbytes,
-        message_cpu_s=message_cpu_s,
-    )
-
-
-def _exchange(
-    runtime: Runtime,
-    comm: Intracomm,
-    send: np.ndarray[tuple[int], np.dtype[np.uint8]],
-    receive: np.ndarray[tuple[int], np.dtype[np.uint8]],
-) -> float:
-    """Seconds to send to the next rank and to receive as much from the one before."""
-    from mpi4py import MPI
-
-    size, rank = comm.Get_size(), comm.Get_rank()
-    if size == 1:
-        return 0.0
-    began = time.perf_counter()
-    cuts = [slice(at, at + _MESSAGE) for at in range(0, send.shape[0], _MESSAGE)]
-    before, after = (rank - 1) % size, (rank + 1) % size
-    requests = [comm.Irecv([receive[cut], MPI.BYTE], before, _TAG) for cut in cuts]
-    requests += [comm.Isend([send[cut], MPI.BYTE], after, _TAG) for cut in cuts]
-    for request in requests:
-        runtime.wait(request)
-    return time.perf_counter() - began
+    link = collectives.rail if layout.nodes > 1 else collectives.world
+    found = probe_link(runtime, collectives.progress, link)
+    return Measured(found, agreed, add_s, delay, stretch)
 
 
 def _crowding(runtime: Runtime, threads: int) -> tuple[float, float]:
@@ -160,7 +100,7 @@ def _crowding(runtime: Runtime, threads: int) -> tuple[float, float]:
     kept = sum(rate for rate, _ in computing) / threads
     taken = max(moved * one_cpu, 1e-3)
     delay = max(0.0, 1 - kept / alone) / taken
-    return min(delay, 16.0), min(max(1.0, 1 / max(one * one_cpu, 1e-3)), 16.0)
+    return min(delay, _MOST_CROWD), min(max(1.0, 1 / max(one * one_cpu, 1e-3)), _MOST_CROWD)
 
 
 def _spin(threads: int) -> list[tuple[float, float]]:

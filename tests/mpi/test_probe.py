@@ -14,7 +14,7 @@ from hpcsync.codecs import Moment, PieceCodec, Settings, Store, SumCodec
 from hpcsync.codecs.base import Bytes, Floats, Form, Matrix
 from hpcsync.collectives import Collectives
 from hpcsync.collectives.costs import Choice, Layout, Load, Measured
-from hpcsync.collectives.probe import probe, probe_link
+from hpcsync.collectives.probe import probe
 from hpcsync.collectives.tuner import Tuner
 from hpcsync.config import CommConfig
 from hpcsync.launch import Runtime
@@ -81,8 +81,7 @@ def measured(request: pytest.FixtureRequest) -> Iterator[tuple[Runtime, Layout, 
     comm = CommConfig()
     collectives = Collectives(runtime, comm)
     layout = Layout.of(topology, comm)
-    link = collectives.rail if topology.node_count > 1 else collectives.world
-    found = probe(runtime, link.comm, CODECS, comm, layout, SHAPES)
+    found = probe(collectives, CODECS, layout, SHAPES)
     yield runtime, layout, found
     runtime.close()
 
@@ -110,14 +109,6 @@ def test_the_numbers_are_costs(measured: tuple[Runtime, Layout, Measured]) -> No
     assert whole.rounds == 2
     assert whole.nbytes == pytest.approx(4 * (300 + 20 + 7 + 9) / (6000 + 63))
     assert whole.encode_s > 0
-
-
-def test_a_rank_without_a_peer_takes_part(measured: tuple[Runtime, Layout, Measured]) -> None:
-    runtime, _, _ = measured
-    alone = runtime.group([runtime.rank])
-    found = probe_link(runtime, alone)
-    assert found.wire_s == 0.0
-    alone.Free()
 
 
 def test_a_choice_is_made_from_them(measured: tuple[Runtime, Layout, Measured]) -> None:

@@ -1,0 +1,110 @@
+"""What a link costs: latency and bandwidth as each rank sees them while all ranks use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import numpy as np
+
+from ..launch import Runtime
+from ..transports.base import Mail, Parcel, Transport, Wait
+from .costs import LinkCost
+from .progress import Job, Progress
+
+_TAG = 0  # which no collective has
+_MESSAGE = 1 << 19  # bytes, as a segment's share has
+_SMALLEST, _LARGEST, _GROWTH = 1 << 16, 1 << 24, 4  # bytes
+_LONG_ENOUGH_S = 0.05  # for an exchange to tell the bandwidth, past what the link's queues hold
+_PINGS = 12
+
+
+def probe_link(runtime: Runtime, progress: Progress, transport: Transport) -> LinkCost:
+    """Latency and bandwidth of messages to the next rank while all ranks send and receive.
+
+    They are driven by the thread that drives all exchanges, since how long it sleeps counts, too.
+    Collective over the job; a rank alone in its group only takes part in the agreement.
+    """
+    line = _Line(progress, transport)
+    runtime.barrier()
+    line.exchange(1)
+    before = time.process_time()
+    pings = [line.exchange(1) for _ in range(_PINGS)]
+    message_cpu_s = (time.process_time() - before) / _PINGS
+    latency_s, message_cpu_s = runtime.allreduce_scalar([median(pings), message_cpu_s], "max")
+    nbytes = _SMALLEST
+    while True:
+        # The first of two may have begun unevenly, or have used up what the link lets pass at once.
+        taken = [] if nbytes * _GROWTH <= _LARGEST else [line.exchange(nbytes)]
+        before = time.process_time()
+        taken.append(line.exchange(nbytes))
+        cpu_s = time.process_time() - before
+        wire_s, cpu_s = runtime.allreduce_scalar([min(taken), cpu_s], "max")
+        if wire_s > _LONG_ENOUGH_S or nbytes * _GROWTH > _LARGEST:
+            break
+        nbytes *= _GROWTH
+    line.close()
+    return LinkCost(
+        latency_s=latency_s,
+        wire_s=max(wire_s - latency_s, 0.0) / nbytes,
+        cpu_s=cpu_s / nbytes,
+        message_cpu_s=message_cpu_s,
+    )
+
+
+class _Line:
+    """Messages to the next rank of a group and from the one before.
+
+    Each is a job of its own, as in exchanges of gradients. Were all sends posted at once, links
+    would carry one direction after the other.
+    """
+
+    def __init__(self, progress: Progress, transport: Transport) -> None:
+        self._progress = progress
+        self._mails: list[Mail] = []
+        if transport.size < 2:
+            return
+        after, before = transport.rank + 1, transport.rank - 1
+        send, receive = np.ones(_LARGEST, np.uint8), np.ones(_LARGEST, np.uint8)
+        for at in range(0, _LARGEST, _MESSAGE):
+            cut = slice(at, at + _MESSAGE)
+            out = Parcel(after % transport.size, send[cut])
+            into = Parcel(before % transport.size, receive[cut])
+            self._mails.append(transport.mail([out], [into], _TAG))
+
+    def exchange(self, nbytes: int) -> float:
+        """Seconds to send and to receive so many bytes."""
+        if not self._mails:
+            return 0.0
+        used = self._mails[: -(-nbytes // _MESSAGE)]
+        jobs = [_Message(mail, min(nbytes, _MESSAGE), self._progress) for mail in used]
+        began = time.perf_counter()
+        self._progress.submit(list(jobs))
+        self._progress.wait_until(lambda: all(job.done for job in jobs))
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        for mail in self._mails:
+            mail.close()
+
+
+class _Message(Job):
+    """One message each way."""
+
+    def __init__(self, mail: Mail, nbytes: int, progress: Progress) -> None:
+        self.priority, self.nbytes, self.done = 0, nbytes, False
+        self._mail, self._progress = mail, progress
+
+    def run(self) -> Iterator[Wait]:
+        arrived = self._mail.expect([0])
+        sent = self._mail.send(0, self.nbytes)
+        yield arrived
+        yield sent
+
+    def finished(self) -> None:
+        self.done = True
+        self._progress.notify()
+
+    def describe(self) -> str:
+        return "the probe of the link"
