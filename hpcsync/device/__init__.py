@@ -14,7 +14,8 @@ def get(name: str = "cpu") -> Device:
         ValueError: there is no such device.
     """
     if name == "cpu":
+        from . import kernels
         from .cpu import CpuDevice
 
-        return CpuDevice()
+        return CpuDevice(kernels.load())
     raise ValueError(f"device: {name!r} is not one of: cpu")

@@ -1,4 +1,7 @@
-"""Host memory, added by NumPy in blocks that stay in the processor's cache.
+"""Host memory, added by the native kernels, or by NumPy in blocks that stay in cache.
+
+NumPy adds the element types that have no kernel, and all of them where there are no kernels; its
+results are the kernels', bit for bit (but for the payload of a NaN).
 
 A block is read from every source, added, and written to every output while it is still in
 cache: summing p buffers into p buffers costs one read and one write of each, where two passes
@@ -13,18 +16,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from .base import Array, Device, DType
+from .kernels import Kernels, address, f32, pointers, size_t
 
 # 128 KiB of float32: with a block a source and the accumulator it stays within a core's L2.
 _BLOCK = 32768
 
 
+_NATIVE = {"float32": "add_f32", "bfloat16": "add_bf16", "float16": "add_f16"}
+
+
 class CpuDevice(Device):
-    """NumPy on host memory; its inner loops release the interpreter lock."""
+    """Sums on host memory; they release the interpreter lock.
+
+    Args:
+        kernels: the native ones; None for NumPy alone.
+    """
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels | None = None) -> None:
         self._local = threading.local()
+        types = (None, address, size_t, address, size_t, size_t, f32)
+        self._adds = (
+            {dtype: kernels.function(name, *types) for dtype, name in _NATIVE.items()}
+            if kernels
+            else {}
+        )
 
     def reduce(
         self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
@@ -32,6 +49,11 @@ class CpuDevice(Device):
         assert divisor == 1 or dtype.floating, f"no mean of {dtype.name}"
         if dtype.maximum:
             self._largest(outs, sources)
+            return
+        if add := self._adds.get(dtype.name):
+            # Named, for the call works on their memory.
+            to, of = pointers(outs), pointers(sources)
+            add(to, len(outs), of, len(sources), sources[0].shape[0], divisor)
             return
         block = self._reduce_widened if dtype.storage != dtype.accumulate else self._reduce_plain
         count = sources[0].shape[0]

@@ -1,8 +1,9 @@
-"""The CPU's sums against NumPy in float64, and its rounding bit for bit against torch's."""
+"""The CPU's sums, native and NumPy's, against float64, and rounding bit for bit against torch's."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcsync.device import Device, DType, dtype_of, get
-from hpcsync.device.cpu import _BLOCK, narrow, widen
+from hpcsync.device import Device, DType, dtype_of, get, kernels
+from hpcsync.device.cpu import _BLOCK, CpuDevice, narrow, widen
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
@@ -20,9 +21,30 @@ INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
 LENGTHS = (0, 1, 7, _BLOCK - 1, _BLOCK, _BLOCK + 1, 2 * _BLOCK + 513)
 
 
-@pytest.fixture(scope="module")
-def device() -> Device:
-    return get()
+@pytest.fixture(scope="module", params=["native", "numpy"])
+def device(request: pytest.FixtureRequest) -> Device:
+    return native() if request.param == "native" else CpuDevice()
+
+
+def native() -> CpuDevice:
+    """A device with kernels."""
+    loaded = kernels.load()
+    if loaded is None:
+        pytest.skip(kernels.missing())
+    return CpuDevice(loaded)
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set in use, while the test runs."""
+    loaded = kernels.load()
+    if loaded is None:
+        pytest.skip(kernels.missing())
+    before = loaded.isa
+    if not loaded.use_isa(request.param):
+        pytest.skip(f"the processor lacks {request.param}")
+    yield request.param
+    loaded.use_isa(before)
 
 
 def drawn(name: str, count: int, sources: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:
@@ -205,6 +227,66 @@ def test_nan_and_inf_survive(device: Device, name: str, divisor: int) -> None:
         out.view(np.uint8).reshape(len(out), -1)[number],
         right.view(np.uint8).reshape(len(out), -1)[number],
     )
+
+
+def bits(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """The bits of stored values, those of a NaN made alike."""
+    with np.errstate(all="ignore"):
+        wide = exact(values, name)
+    unsigned = values.view(np.dtype(f"uint{8 * values.dtype.itemsize}"))
+    return np.where(np.isnan(wide), np.zeros_like(unsigned), unsigned)
+
+
+def placed(values: np.ndarray[Any, Any], offset: int) -> np.ndarray[Any, Any]:
+    """A copy that begins ``offset`` elements behind a cache line's boundary."""
+    raw = np.empty(values.nbytes + 128 + offset * values.itemsize, np.uint8)
+    start = -raw.ctypes.data % 64 + offset * values.itemsize
+    made = raw[start : start + values.nbytes].view(values.dtype)
+    made[:] = values
+    return made
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("sources", [1, 2, 3, 4, 5, 9])
+def test_kernels_add_as_numpy_does(isa: str, name: str, sources: int) -> None:
+    """Any bit pattern, outputs among the sources and others, at odd places and lengths."""
+    generator = np.random.default_rng(sources)
+    storage = dtype_of(name).storage
+    for count in (0, 1, 15, 63, 64, 65, 1023, 1025, 4099):
+        for divisor in (1, 3, 4):
+            offset = int(generator.integers(0, 16))
+            raw = generator.bytes(sources * count * storage.itemsize)
+            terms = [
+                placed(each, offset + index % 2)
+                for index, each in enumerate(np.frombuffer(raw, storage).reshape(sources, count))
+            ]
+            right = np.empty(count, storage)
+            CpuDevice().reduce([right], terms, dtype_of(name), divisor)
+            further = placed(np.zeros_like(right), offset)
+            outs = [terms[sources // 2], further]
+            native().reduce(outs, terms, dtype_of(name), divisor)
+            for out in outs:
+                np.testing.assert_array_equal(bits(out, name), bits(right, name))
+
+
+def test_large_outputs_at_any_place(isa: str) -> None:
+    """They are written past the caches, which wants aligned addresses."""
+    count = (4 << 20) // 4 + 77
+    terms = drawn("float32", count, 3)
+    right = expected(terms, "float32", 3)
+    for offsets in ((0, 0), (1, 1), (5, 5), (3, 4), (0, 7)):
+        outs = [placed(np.zeros_like(right), offset) for offset in offsets]
+        native().reduce(outs, terms, dtype_of("float32"), 3)
+        for out in outs:
+            np.testing.assert_array_equal(out, right)
+
+
+def test_more_outputs_than_any_node_has_ranks(isa: str) -> None:
+    terms = drawn("float32", 100, 70)
+    right = expected(terms, "float32", 70)
+    native().reduce(terms, terms, dtype_of("float32"), 70)
+    for out in terms:
+        np.testing.assert_array_equal(out, right)
 
 
 @given(
