@@ -10,8 +10,8 @@ from .predict import Prediction, predict
 
 Loads = Callable[[float], Sequence[Load]]
 
-# A trial costs steps with what may be slower: less is not worth it.
-_WORTH = 0.01
+# A trial costs steps with what may be slower, but predictions miss by some per cent.
+_WORTH = 0.003
 # A variant of a codec must be so much better than the deck's own to be tried beside it.
 _VARIANT = 0.02
 # What is predicted to be so much slower than the best will not turn out to be the best.
