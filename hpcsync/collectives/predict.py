@@ -22,7 +22,7 @@ from . import choice
 from .costs import ITEM, UNCODED, Choice, CodecCost, Group, Layout, Load, Measured, Profile
 from .pipeline import Arrival, Stage, simulate
 
-_MOST_SEGMENTS = 192  # of a step; more would only take time to simulate
+_MOST_SEGMENTS = 96  # of a step; more would only take time to simulate
 _MOST_FITS = 20  # halvings when a link's factor is sought
 _SLOWEST = 1e4  # that a link is taken to be, in what was measured
 _LEAST_WIRE_S = 1e-12  # what marks a stage as one of the wire
