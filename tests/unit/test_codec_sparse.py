@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hpcsync.codecs import sparse_form
 from hpcsync.codecs.base import Floats, Moment, Settings, Store
 from hpcsync.codecs.randomk import GROUP, RandomK, picked
+from hpcsync.codecs.rounding import random_at
 from hpcsync.codecs.sparse import SparseCodec
 from hpcsync.codecs.threshold import Threshold
 from hpcsync.codecs.topk import TopK
@@ -154,6 +155,18 @@ def test_threshold_has_the_bits_of_its_reference(
     for count in LENGTHS:
         batches = [make(rng, count) for _ in range(2)]
         compare(Threshold(chosen, native), Threshold(chosen), batches, divisor=4)
+
+
+@pytest.mark.parametrize("sampled", [9.0, 0.0])
+def test_a_sample_that_misleads_changes_nothing(native: kernels.Kernels, sampled: float) -> None:
+    """Where the kernel looks first, all is large and the rest small, or the other way round."""
+    count, seed, runs = 1 << 20, 1000, 1024
+    stride = count // runs
+    jitter = random_at(seed, np.arange(1, runs + 1)).astype(np.int64) * (stride - 7) >> 32
+    places = (np.arange(runs) * stride + jitter)[:, None] + np.arange(8)
+    values = normal(np.random.default_rng(14), count)
+    values[places.ravel()] = sampled * values[places.ravel()] + sampled
+    compare(TopK(Settings(), native), TopK(Settings()), [values])
 
 
 @settings(deadline=None, max_examples=60)
