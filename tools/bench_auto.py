@@ -45,13 +45,12 @@ MODELS = {
     "gpt-0.2M": "model.layers=2 model.width=80 model.heads=4 model.context=64",
     "mlp-1M": "model.name=mlp data.name=digits model.layers=2 model.hidden=960",
     "gpt-2M": "model.layers=4 model.width=192 model.heads=6 model.context=64",
-    "gpt-5M": "model.layers=6 model.width=264 model.heads=6 model.context=64",
+    "gpt-4M": "model.layers=4 model.width=288 model.heads=6 model.context=64",
     "mlp-10M": "model.name=mlp data.name=digits model.layers=2 model.hidden=3100",
 }
-WARM_UP = 3
+WARM_UP = 2  # steps: buckets are laid out anew after the first
 BLOCK_S = 0.2  # a contender's steps of one round take about this long together, or are one
-# auto, which sees only that its steps have become long, looks again after 200: fewer are measured.
-LEAST_ROUNDS, MOST_ROUNDS, MOST_BLOCK = 4, 38, 5
+LEAST_ROUNDS, MOST_ROUNDS, MOST_BLOCK = 3, 60, 8
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -173,14 +172,14 @@ class Setup:
                 contender.steps(self.workload.batches(contender, WARM_UP))
         auto = self.contenders["auto"]
         steps = self.workload.settle(auto, self.options.settle)
-        chose = chosen(auto)
+        chose = auto.choice()
         blocks = {name: self._block(contender) for name, contender in self.contenders.items()}
         seconds = self._rounds(blocks)
         return {
             "seconds": seconds,
             "settled_after": steps,
-            "chose": chose if chosen(auto) == chose else f"{chose}, then {chosen(auto)}",
-            "why": auto.tuner.line(),
+            "chose": chose if auto.choice() == chose else f"{chose}, then {auto.choice()}",
+            "why": auto.auto().get("why", ""),
             **judge(seconds),
         }
 
@@ -217,12 +216,6 @@ class Setup:
         """Free what the contenders hold; collective."""
         for contender in self.contenders.values():
             contender.close()
-
-
-def chosen(auto: Any) -> str:
-    """What auto uses now: codec, algorithm of the rails, size of buckets."""
-    choice = auto.tuner.choice
-    return f"{choice.codec}, {choice.rail_algorithm}, {choice.bucket_mb:.3g} MiB"
 
 
 def work(options: argparse.Namespace) -> int:

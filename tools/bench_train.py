@@ -124,6 +124,7 @@ class Bench:
                     "x_none": _ratio(own, by_name.get("none", [])),
                     "x_ddp": _ratio(by_name.get("ddp", []), own),
                     "x_exposed": exposed["ddp"] / exposed[name] if both else None,
+                    "chose": contender.choice() if name.endswith("-auto") else None,
                     "samples": samples,
                 }
             )
@@ -259,6 +260,7 @@ def keep(
         for rows in tables:
             body += ["", f"## Links of {rows[0]['rate']}"] if rows[0]["rate"] else []
             body += ["", *benchmark.markdown(HEADS, [cells(row) for row in rows])]
+            body += [f"\n{row['name']} chose {row['chose']}." for row in rows if row["chose"]]
         path = benchmark.write_report(options.report, "Training step", head, body)
         print(f"\n# report: {os.path.relpath(path)}")
 

@@ -84,10 +84,19 @@ class Contender:
         for micro_batches in batches:
             self.loss = self.engine.step(micro_batches).loss
 
-    @property
-    def tuner(self) -> Any:
-        """What chooses its codec, under auto; else None."""
-        return getattr(self.parallel, "tuner", None)
+    def auto(self) -> dict[str, Any]:
+        """Under auto: whether it has settled, its choice and why; else nothing."""
+        reducer = getattr(self.parallel, "reducer", None)
+        found: dict[str, Any] = reducer.state_dict()["auto"] if reducer else {}
+        return found
+
+    def choice(self) -> str:
+        """Under auto, what it uses now: codec, algorithm of the rails, size of buckets."""
+        state = self.auto()
+        if not state:
+            return "none, nothing to choose"
+        codec, algorithm, bucket_mb = state["choice"]
+        return f"{codec}, {algorithm}, {bucket_mb:.3g} MiB"
 
     def close(self) -> None:
         """Free what the exchange holds; collective."""
@@ -180,12 +189,9 @@ class Workload:
         ]
 
     def settle(self, contender: Contender, most: int) -> int:
-        """Train step by step until auto has chosen; the steps that this took.
-
-        auto times its steps from one to the next: other contenders must not come between them.
-        """
+        """Train step by step until auto has chosen; the steps that this took."""
         for done in range(most):
-            if contender.tuner is None or contender.tuner.settled:
+            if contender.auto().get("settled", True):
                 return done
             contender.steps(self.batches(contender, 1))
         return most
