@@ -19,15 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..codecs.base import Floats
 from ..collectives import Collectives
 from ..config import CommConfig
 from ..errors import HpcsyncError, ModelError, UserError
-from . import compression
+from . import memory
 from .auto import Auto
 from .bucket import Bucket, Transform
 from .checks import check_same
@@ -161,7 +159,7 @@ class Reducer:
 
     def rescale(self, factor: float) -> None:
         """Gradients come ``factor`` times as large from now on: what codecs hold back follows."""
-        compression.rescale(self._buckets, factor)
+        memory.rescale(self._buckets, factor)
 
     def state_dict(self) -> dict[str, Any]:
         """What later exchanges on this rank depend on: the order of the buckets, and what codecs
@@ -170,7 +168,7 @@ class Reducer:
         names = [param.name for param in self._described]
         held: dict[str, list[Any]] = {}
         if self._compression is not None:
-            for index, part in self._compression.fragments(self._buckets):
+            for index, part in memory.fragments(self._buckets):
                 values = torch.from_numpy(part.values.copy())
                 held.setdefault(names[index], []).append((*part[:3], values))
         return {
@@ -201,7 +199,7 @@ class Reducer:
             self._seen_order = []
         self._build(self._order)
         held = {index_of[name]: parts for name, parts in state["held"].items()}
-        if not compression.restore(held, self._buckets):
+        if not memory.restore(held, self._buckets):
             problem = UserError(
                 "exchange state: it belongs to other ranks, nodes or settings of compress; "
                 "resume with those of before"
@@ -233,7 +231,7 @@ class Reducer:
         )
         self._order = list(range(len(wanted) - 1, -1, -1))
         self._build(self._order)
-        self._remember(remembered)
+        memory.deal(remembered, self._buckets, self._described, self._collectives.runtime.size)
         for index, param in enumerate(self._params):
             hook = _Hook(self, index)
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -244,25 +242,13 @@ class Reducer:
         self._stale = False
         remembered = self._remembered()
         self._build(self._order)
-        self._remember(remembered)
+        memory.deal(remembered, self._buckets, self._described, self._collectives.runtime.size)
 
-    def _remembered(self) -> dict[str, dict[str, Floats]]:
-        """What the codec's stores on this node hold back, by field and parameter's name."""
+    def _remembered(self) -> memory.Pending:
+        """What codecs hold back on this node."""
         if self._compression is None or not self._buckets:
             return {}
-        pending = self._compression.pending(self._buckets, self._described)
-        names = [param.name for param in self._described]
-        return {field: dict(zip(names, values, strict=True)) for field, values in pending.items()}
-
-    def _remember(self, remembered: Mapping[str, Mapping[str, Floats]]) -> None:
-        """Deal out what was held back; parameters that joined hold nothing."""
-        if self._compression is None or not remembered:
-            return
-        pending = {
-            field: [_fitting(values.get(param.name), param.numel) for param in self._described]
-            for field, values in remembered.items()
-        }
-        self._compression.deal(pending, self._buckets)
+        return memory.gather(self._collectives, self._buckets, self._described)
 
     def _plan(self, order: Sequence[int]) -> tuple[BucketPlan, ...]:
         described = self._described
@@ -430,11 +416,6 @@ class Reducer:
 def _describe(name: str, param: nn.Parameter) -> Parameter:
     dtype = str(param.dtype).removeprefix("torch.")
     return Parameter(name, param.numel(), dtype, param.itemsize, tuple(param.shape))
-
-
-def _fitting(values: Floats | None, count: int) -> Floats:
-    """What was held back of a parameter, if it is still of that size."""
-    return values if values is not None and len(values) == count else np.zeros(count, np.float32)
 
 
 def _identity(params: Iterable[nn.Parameter]) -> list[tuple[int, torch.dtype]]:
