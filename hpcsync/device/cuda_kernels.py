@@ -31,7 +31,8 @@ FAMILY_OF = {
     "int4": "int4",
     "onebit": "onebit",
     "sparse": "sparse",
-    "groups": "sparse",
+    "entries": "entries",
+    "groups": "entries",
 }
 # The same bits as everywhere else; --use_fast_math must never join these.
 OPTIONS = ("--std=c++17", "--fmad=false")
