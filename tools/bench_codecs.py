@@ -7,11 +7,11 @@
 For each size (--mb, and --piece, which stays in cache as pieces of a bucket do) the table shows
 medians over rounds of
 
-    time(us)       a call
+    time(us)       a call, by processor time; on a GPU by events on the stream
     in(GB/s)       of float32 that goes in, or comes out
     touched(GB/s)  of all bytes that are read or written, each once
     copy(%)        how much of the time a copy of as many bytes takes: copying n bytes touches 2 n.
-                   The copy is made by memcpy in the same round, next to the call
+                   The copy is made in the same round, next to the call: by memcpy, or the driver
     x_numpy        how many times as fast as the NumPy reference, which gives the same bits
 
 encode is with error feedback; combine is what an owner does with one other rank's piece (decode,
@@ -67,52 +67,67 @@ def arguments() -> argparse.ArgumentParser:
 
 # -- measuring ---------------------------------------------------------------------------
 
+Timer = Callable[[Callable[[], object], int], float]
 
-class Copy:
-    """memcpy on memory of its own, of any size up to ``most`` bytes."""
 
-    def __init__(self, most: int) -> None:
+class Cpu:
+    """This process's memory and its clock."""
+
+    def seconds(self, run: Callable[[], object], calls: int) -> float:
+        """Processor time of a call, on average over some: others on the core do not count."""
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        return (time.process_time() - start) / calls
+
+    def copier(self, most: int) -> Callable[[int], None]:
+        """memcpy of any size up to ``most`` bytes."""
         import numpy as np
 
         # Not zeros: untouched pages would all be one.
-        self._source, self._target = np.ones(most, np.uint8), np.ones(most, np.uint8)
+        source, target = np.ones(most, np.uint8), np.ones(most, np.uint8)
 
-    def __call__(self, nbytes: int) -> None:
-        ctypes.memmove(self._target.ctypes.data, self._source.ctypes.data, nbytes)
+        def copy(nbytes: int) -> None:
+            ctypes.memmove(target.ctypes.data, source.ctypes.data, nbytes)
+
+        return copy
+
+    def operations(self, name: str, count: int, *, native: bool = True) -> list[Operation]:
+        """Of a codec, or of ``sum``."""
+        from hpcsync import codecs
+        from tools import codec_work
+
+        if name == "sum":
+            return codec_work.sums(count)
+        codec = codecs.build(name, codec_work.SETTINGS, native=native)
+        return codec_work.operations(codec, count)
 
 
-def seconds(run: Callable[[], object], calls: int) -> float:
-    """Of a call, on average over some."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
-def enough(run: Callable[[], object]) -> int:
+def enough(run: Callable[[], object], timer: Timer) -> int:
     """Calls of a sample; also warms up."""
     run()
-    once = seconds(run, 1)
-    return max(1, min(1000, round(SAMPLE_S / once)))
+    return max(1, min(1000, round(SAMPLE_S / max(timer(run, 1), 1e-9))))
 
 
-def measure(operations: Sequence[Operation], rounds: int, copy: Copy) -> list[dict[str, Any]]:
+def measure(
+    operations: Sequence[Operation], rounds: int, copy: Callable[[int], None], timer: Timer
+) -> list[dict[str, Any]]:
     """Samples of each operation and of the copy beside it, in turns."""
     calls, rows = [], []
     for each in operations:
         each.reset()
         half = each.touched // 2
-        calls.append((enough(each.run), enough(lambda half=half: copy(half))))
+        calls.append((enough(each.run, timer), enough(lambda half=half: copy(half), timer)))
         rows.append(_row(each))
     for turn in range(rounds):
         for each, (own, copies), row in zip(operations, calls, rows, strict=True):
             half = each.touched // 2
             each.reset()
             if turn % 2:
-                row["copy"].append(seconds(lambda half=half: copy(half), copies))
-            row["seconds"].append(seconds(each.run, own))
+                row["copy"].append(timer(lambda half=half: copy(half), copies))
+            row["seconds"].append(timer(each.run, own))
             if not turn % 2:
-                row["copy"].append(seconds(lambda half=half: copy(half), copies))
+                row["copy"].append(timer(lambda half=half: copy(half), copies))
     for row in rows:
         pairs = zip(row["copy"], row["seconds"], strict=True)
         row["share"] = median(other / own for other, own in pairs)
@@ -131,48 +146,30 @@ def _row(each: Operation) -> dict[str, Any]:
     }
 
 
-def add_reference(rows: list[dict[str, Any]], operations: Sequence[Operation]) -> None:
+def add_reference(cpu: Cpu, name: str, count: int, rows: list[dict[str, Any]]) -> None:
     """Time the NumPy forms of the same operations, once each after a first call."""
-    for row, each in zip(rows, operations, strict=True):
+    for row, each in zip(rows, cpu.operations(name, count, native=False), strict=True):
         each.reset()
         each.run()
-        row["numpy"] = seconds(each.run, 1)
+        row["numpy"] = cpu.seconds(each.run, 1)
 
 
-def time_codec(name: str, count: int, options: argparse.Namespace, copy: Copy) -> list[Any]:
-    """The rows of one codec, or of the sum."""
-    from hpcsync import codecs
-    from hpcsync.device import kernels
-    from tools import codec_work
-
-    if name == "sum":
-        return measure(codec_work.sums(count), options.rounds, copy)
-    native = codecs.build(name, codec_work.SETTINGS)
-    rows = measure(codec_work.operations(native, count), options.rounds, copy)
-    if options.reference and kernels.load() is not None:
-        plain = codecs.build(name, codec_work.SETTINGS, native=False)
-        add_reference(rows, codec_work.operations(plain, count))
-    return rows
-
-
-def time_topk(count: int, rounds: int) -> float:
+def time_topk(cpu: Cpu, count: int, rounds: int) -> float:
     """How many times as fast as torch.topk, which sorts nothing, topk's encode is."""
     import torch
 
-    from hpcsync import codecs
     from tools import codec_work
 
     torch.set_num_threads(1)
-    codec = codecs.build("topk", codec_work.SETTINGS)
-    encode = codec_work.operations(codec, count)[0].run
+    encode = cpu.operations("topk", count)[0].run
     magnitudes = torch.from_numpy(codec_work.normal(count)).abs_()
     k = max(1, round(count * codec_work.SETTINGS.ratio))
 
     def theirs() -> None:
         torch.topk(magnitudes, k, sorted=False)
 
-    own, other = enough(encode), enough(theirs)
-    return median(seconds(theirs, other) / seconds(encode, own) for _ in range(rounds))
+    own, other = enough(encode, cpu.seconds), enough(theirs, cpu.seconds)
+    return median(cpu.seconds(theirs, other) / cpu.seconds(encode, own) for _ in range(rounds))
 
 
 # -- showing -----------------------------------------------------------------------------
@@ -265,35 +262,65 @@ def prepare(options: argparse.Namespace) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Everything, on the CPU."""
-    what = prepare(options)
-    from tools import codec_work
+    """Everything."""
+    machine: Any
+    if options.device == "gpu":
+        from tools.gpu_work import CODECS, Gpu
 
-    names = chosen(options)
-    sizes = [size for size in (options.mb, options.piece) if size > 0]
+        machine = Gpu()
+        what = f"GPU kernels, {machine.name}"
+        names = [name for name in chosen(options) if name in (*CODECS, "sum")]
+    else:
+        what = prepare(options)
+        machine = Cpu()
+        names = chosen(options)
     head = {"command": benchmark.command_line(options, 1)} | benchmark.facts(what, mpi=False)
     print(*(f"# {key}: {value}" for key, value in head.items()), sep="\n", flush=True)
-    rows, qualities = [], []
-    for size in sizes:
-        count = max(1, int(size * MIB) // 4)
-        copy = Copy(32 * count)  # of the most that is touched: four sources and four outputs
-        for name in names:
-            found = [row | {"mib": size} for row in time_codec(name, count, options, copy)]
-            show(HEADS, [cells(row) for row in found])
-            rows += found
-        del copy
-    count = max(1, int(sizes[0] * MIB) // 4)
-    for name in names:
-        if name != "sum":
-            qualities.append(codec_work.quality(name, count))
-        if name == "topk":
-            kept = qualities[-1]["kept_normal"]
-            qualities[-1]["count_over_k"] = kept / codec_work.SETTINGS.ratio
-            qualities[-1]["x_topk"] = time_topk(count, options.rounds)
-    if qualities:
-        show(QUALITY_HEADS, [quality_cells(row) for row in qualities])
+    rows = [row for size in sizes(options) for row in time_all(machine, names, size, options)]
+    qualities = [] if options.device == "gpu" else qualify(machine, names, options)
     keep(options, head, rows, qualities)
     return 0
+
+
+def sizes(options: argparse.Namespace) -> list[float]:
+    """In MiB."""
+    return [size for size in (options.mb, options.piece) if size > 0]
+
+
+def time_all(
+    machine: Any, names: Sequence[str], size: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of one size, shown as they come."""
+    from hpcsync.device import kernels
+
+    count = max(1, int(size * MIB) // 4)
+    copy = machine.copier(16 * count)  # half of the most that is touched: four in, four out
+    rows = []
+    for name in names:
+        operations = machine.operations(name, count)
+        found = measure(operations, options.rounds, copy, machine.seconds)
+        natively = isinstance(machine, Cpu) and kernels.load() is not None
+        if natively and options.reference and name != "sum":
+            add_reference(machine, name, count, found)
+        found = [row | {"mib": size} for row in found]
+        show(HEADS, [cells(row) for row in found])
+        rows += found
+    return rows
+
+
+def qualify(cpu: Cpu, names: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the second table, of the larger size."""
+    from tools import codec_work
+
+    count = max(1, int(options.mb * MIB) // 4)
+    found = [codec_work.quality(name, count) for name in names if name != "sum"]
+    for row in found:
+        if row["codec"] == "topk":
+            row["count_over_k"] = row["kept_normal"] / codec_work.SETTINGS.ratio
+            row["x_topk"] = time_topk(cpu, count, options.rounds)
+    if found:
+        show(QUALITY_HEADS, [quality_cells(row) for row in found])
+    return found
 
 
 def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -312,8 +339,8 @@ def keep(
         options.json.write_text(benchmark.as_json(head | {"rows": rows, "quality": qualities}))
     if options.report:
         body = [
-            f"Medians of {options.rounds} interleaved rounds on one core; copy(%): share of the "
-            "time that a copy of the touched bytes takes; x_numpy: times as fast as NumPy.",
+            f"Medians of {options.rounds} interleaved rounds; copy(%): the time of a copy of as "
+            "many bytes as are touched, over the row's; x_numpy: times as fast as NumPy.",
             "",
             *benchmark.markdown(HEADS, [cells(row) for row in rows]),
         ]
