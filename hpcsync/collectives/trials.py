@@ -18,8 +18,9 @@ from .costs import Choice
 # Differences below are not worth a less simple choice; nor are, where steps are noisy, those below
 # two standard errors, but what is above the second share is taken even then.
 _TIE, _MOST_TIE = 0.015, 0.025
-_CLEAR, _CLEAR_AT_ONCE = 0.02, 0.08  # slower than the best by so much: out, if noise allows
-_SURE, _SURE_AT_ONCE = 2.5, 4.0  # standard errors
+# Slower than the best by such a share, and so many standard errors, after 1, 2, 3, ... rounds: out.
+# A neighbour's burst outlasts a window, so the first rounds are judged with more care.
+_CLEAR = ((0.10, 4.0), (0.05, 3.0), (0.02, 2.5))
 _ROUNDS = 4
 _MOST_WINDOWS = 14  # in all, where those rounds are too noisy
 _GOOD_ENOUGH = 0.01  # standard error for which no further rounds are run
@@ -98,15 +99,13 @@ class Race:
 
     def _slower(self) -> dict[Choice, float]:
         """By which share each contender is slower than the best."""
-        means = {each: fmean(self._ratios(each)) for each in self._alive}
-        best = min(means.values())
-        return {each: mean - best for each, mean in means.items()}
+        ratios = {each: fmean(self._ratios(each)) for each in self._alive}
+        best = min(ratios.values())
+        return {each: ratio - best for each, ratio in ratios.items()}
 
     def _drop(self) -> None:
-        at_once = self._rounds == 1
-        clear = _CLEAR_AT_ONCE if at_once else _CLEAR
-        sure = _SURE_AT_ONCE if at_once else _SURE
-        limit = max(clear, sure * self.error)
+        share, errors = _CLEAR[min(self._rounds, len(_CLEAR)) - 1]
+        limit = max(share, errors * self.error)
         slower = self._slower()
         self._alive = [each for each in self._alive if slower[each] <= limit]
 
