@@ -15,9 +15,9 @@ import numpy as np
 from hpcsync import codecs
 from hpcsync.codecs import Moment, PieceCodec
 from tools.benchmark import BenchmarkError
-from tools.codec_work import SETTINGS, SUMS, Operation, normal
+from tools.codec_work import LINE, SETTINGS, SUMS, Operation, normal
 
-CODECS = ("bf16", "fp16", "fp8", "int8", "int4", "onebit")
+CODECS = ("bf16", "fp16", "fp8", "int8", "int4", "onebit", "topk")
 SEED = 1
 
 
@@ -104,6 +104,58 @@ class Piece:
         ]
 
 
+class TopK:
+    """topk's arrays on the device, and its kernels called on them."""
+
+    def __init__(self, count: int, kernels: Any, memory: Memory) -> None:
+        from hpcsync.device import cuda_sparse
+
+        codec = codecs.build("topk", SETTINGS, native=False)
+        assert isinstance(codec, PieceCodec)
+        values, coded = normal(count), np.zeros(codec.capacity(count), np.uint8)
+        self.count, self.raw, self.at = count, values.nbytes, memory.address
+        self.k = max(1, round(SETTINGS.ratio * count))
+        self.used = codec.encode(values, coded, codec.store(count, "sender"), Moment(seed=SEED))
+        self.sparse = cuda_sparse.CudaSparse(kernels.launcher)
+        words = cuda_sparse.encode_scratch(count)
+        self.values, self.decoded = memory.put(values), memory.put(np.zeros_like(values))
+        self.coded, self.out = memory.put(coded), memory.put(coded)
+        self.error = memory.put(np.zeros_like(values))
+        self.scratch = memory.put(np.zeros(words, np.uint32))
+        self.said = memory.put(np.zeros(1, np.uint64))
+
+    def encode(self) -> None:
+        """With error feedback, without momentum."""
+        at = self.at
+        stores = (None, at(self.error))
+        outputs = (at(self.scratch), at(self.out), at(self.said))
+        self.sparse.encode(
+            at(self.values), 1.0, 0.0, *stores, self.count, self.k, 0.0, SEED, *outputs
+        )
+
+    def decode(self) -> None:
+        at = self.at
+        self.sparse.decode(at(self.coded), self.count, at(self.scratch), at(self.decoded))
+
+    def decode_add(self) -> None:
+        at = self.at
+        self.sparse.decode_add(at(self.coded), self.count, at(self.scratch), at(self.decoded))
+
+    def operations(self) -> list[Operation]:
+        """All of them, with the bytes that they touch."""
+        # Of what is added to, a cache line an element that was sent.
+        added = min(self.raw, LINE * self.k)
+        touched = {
+            "encode": 3 * self.raw + self.used,
+            "decode": self.used + self.raw,
+            "decode_add": self.used + 2 * added,
+        }
+        return [
+            Operation(codec="topk", name=key, touched=n, source=self.raw, run=getattr(self, key))
+            for key, n in touched.items()
+        ]
+
+
 def sums(count: int, kernels: Any, memory: Memory) -> list[Operation]:
     """The mean of some buffers, written to one of them or to all."""
     found = []
@@ -126,6 +178,13 @@ def sums(count: int, kernels: Any, memory: Memory) -> list[Operation]:
             )
         )
     return found
+
+
+def pieces(name: str, count: int, kernels: Any, memory: Memory) -> list[Operation]:
+    """The operations of a codec."""
+    if name == "topk":
+        return TopK(count, kernels, memory).operations()
+    return Piece(name, count, kernels, memory).operations()
 
 
 # -- CuPy --------------------------------------------------------------------------------
@@ -187,4 +246,4 @@ class Gpu:
         """Of a codec, or of ``sum``."""
         if name == "sum":
             return sums(count, self.kernels, self.memory)
-        return Piece(name, count, self.kernels, self.memory).operations()
+        return pieces(name, count, self.kernels, self.memory)
