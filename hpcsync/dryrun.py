@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import banner, data, models
+from . import banner, codecs, data, models
 from . import config as configs
 from .collectives import choice
+from .collectives.coding import settings_of
 from .config import Config
 from .data import Source
 from .device import dtype_of
 from .errors import DataError, LaunchError, ModelError
-from .exchange import Traffic, exchanges, scratch, traffic
+from .exchange import Traffic, Way, exchanges, scratch, traffic
+from .gradients.compression import check, codable
 from .gradients.plan import BucketPlan, Parameter, arena_bytes, plan_buckets
 from .topology import Topology
 
@@ -78,7 +80,8 @@ def report(config: Config, ranks: int, nodes: int = 0) -> str:
     source, told = _source(config)
     sizes = measure(config, source, micro)
     plans = plan(config, sizes)
-    parts = exchanges(config.comm, topology, plans)
+    where = config.compress.where
+    parts = exchanges(config.comm, topology, plans, _ratios(config, sizes, topology, plans), where)
     rows = [
         ("dry run", "nothing is trained, and nothing but text is written"),
         ("ranks", topology.describe() + assumed),
@@ -125,21 +128,53 @@ def _assumed(topology: Topology) -> str:
 
 def plan(config: Config, sizes: Sizes) -> tuple[BucketPlan, ...]:
     """The buckets of the first step."""
+    compress = config.compress
+    coded = compress.codec not in ("none", "auto")
     return plan_buckets(
-        sizes.parameters,
+        [replace(each, coded=coded and codable(compress, each)) for each in sizes.parameters],
         range(len(sizes.parameters) - 1, -1, -1),
         int(config.comm.bucket_mb * _MIB),
         int(config.comm.first_bucket_mb * _MIB),
     )
 
 
-def _names(parts: Counter[tuple[str, str]]) -> str:
+def _ratios(
+    config: Config, sizes: Sizes, topology: Topology, plans: Sequence[BucketPlan]
+) -> list[float]:
+    """For each bucket, bytes of its coded part over those in float32."""
+    if not any(plan.coded_numel for plan in plans):
+        return [1.0] * len(plans)
+    codec = codecs.build(config.compress.codec, settings_of(config.compress, config.run.seed))
+    problem = check(codec, config.compress, sizes.parameters)
+    if problem is not None:
+        raise problem
+    ranks = topology.size if config.compress.where == "all" else topology.node_count
+    return [_ratio(codec, plan, sizes, ranks) for plan in plans]
+
+
+def _ratio(codec: codecs.Codec, plan: BucketPlan, sizes: Sizes, ranks: int) -> float:
+    count = plan.coded_numel
+    if not count:
+        return 1.0
+    if isinstance(codec, codecs.PieceCodec):
+        return codec.expected(count) / (4 * count)
+    assert isinstance(codec, codecs.SumCodec)
+    matrices = [
+        codecs.Matrix(start, sizes.parameters[index].shape)
+        for index, start in zip(plan.params, plan.offsets, strict=True)
+        if start < count
+    ]
+    forms = codec.forms(count, matrices, max(ranks, 2))
+    return sum(form.count * dtype_of(form.dtype).itemsize for form in forms) / (4 * count)
+
+
+def _names(parts: Counter[Way]) -> str:
     """What does the most first."""
     names = [
-        f"{name} ({rail} along the rails)" if rail else name
-        for (name, rail), _ in parts.most_common()
+        (f"{name} ({rail} along the rails)" if rail else name) + (", coded" if ratio != 1 else "")
+        for (name, rail, ratio), _ in parts.most_common()
     ]
-    return " and ".join(names)
+    return " and ".join(dict.fromkeys(names))
 
 
 def measure(config: Config, source: Source, micro: int) -> Sizes:
@@ -153,7 +188,13 @@ def measure(config: Config, source: Source, micro: int) -> Sizes:
         if config.train.activation_checkpointing:
             models.checkpoint_activations(model)
         parameters = tuple(
-            Parameter(name, p.numel(), str(p.dtype).removeprefix("torch."), p.itemsize)
+            Parameter(
+                name,
+                p.numel(),
+                str(p.dtype).removeprefix("torch."),
+                p.itemsize,
+                tuple(p.shape),
+            )
             for name, p in model.named_parameters()
             if p.requires_grad
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from . import schedules
 from .collectives import choice
@@ -26,16 +27,43 @@ class Traffic:
     node_far: float
 
 
-def exchanges(
-    comm: CommConfig, topology: Topology, plans: Sequence[BucketPlan]
-) -> Counter[tuple[str, str]]:
-    """Bytes by the algorithm over all ranks and that along the rails, which serve them.
+class Way(NamedTuple):
+    """How gradients go.
 
-    The second is empty where there are no rails.
+    Attributes:
+        algorithm: over all ranks.
+        rail: along the rails; empty where there are none.
+        ratio: bytes on the coded level, over those of float32; 1 where nothing is coded.
     """
-    found: Counter[tuple[str, str]] = Counter()
-    for plan in plans:
+
+    algorithm: str
+    rail: str = ""
+    ratio: float = 1.0
+
+
+def exchanges(
+    comm: CommConfig,
+    topology: Topology,
+    plans: Sequence[BucketPlan],
+    ratios: Sequence[float] = (),
+    where: str = "rail",
+) -> Counter[Way]:
+    """Bytes of gradients, by the way they go.
+
+    Args:
+        ratios: for each bucket, bytes of its coded part when coded, over those in float32.
+        where: of the coding.
+    """
+    found: Counter[Way] = Counter()
+    for index, plan in enumerate(plans):
         dtype = dtype_of(plan.dtype)
+        if plan.coded_numel and choice.codes(where, topology):
+            ratio = 4 / dtype.itemsize * ratios[index]
+            way = (
+                Way("direct", "", ratio) if where == "all" else Way("hierarchical", "direct", ratio)
+            )
+            found[way] += plan.coded_numel * dtype.itemsize
+            plan = replace(plan, numel=plan.numel - plan.coded_numel)
         align = max(1, 64 // dtype.itemsize)
         name = choice.resolve(comm, topology, dtype)
         pieces = 1 if name == "native" else choice.segments(comm, topology, plan.nbytes)
@@ -45,28 +73,28 @@ def exchanges(
                 shard = schedules.chunk_bounds(stop - start, topology.rails, align)[1]
                 nbytes = shard * dtype.itemsize
                 rail = choice.rail_algorithm(comm, topology.node_count, nbytes, dtype)
-            found[name, rail] += (stop - start) * dtype.itemsize
+            found[Way(name, rail)] += (stop - start) * dtype.itemsize
     return found
 
 
-def traffic(topology: Topology, parts: Mapping[tuple[str, str], float]) -> Traffic:
+def traffic(topology: Topology, parts: Mapping[Way, float]) -> Traffic:
     """Bytes a step, from the schedules of the first node's ranks; ``parts`` as of ``exchanges``."""
     ranks = topology.nodes[0]
     near, far = [0.0] * len(ranks), [0.0] * len(ranks)
-    for (algorithm, rail), nbytes in parts.items():
+    for way, nbytes in parts.items():
         for place, rank in enumerate(ranks):
-            inside, outside = _sent(topology, rank, algorithm, rail, nbytes)
+            inside, outside = _sent(topology, rank, way, nbytes)
             near[place] += inside
             far[place] += outside
     return Traffic(rank_near=max(near), rank_far=max(far), node_far=sum(far))
 
 
-def scratch(comm: CommConfig, topology: Topology, parts: Mapping[tuple[str, str], float]) -> float:
+def scratch(comm: CommConfig, topology: Topology, parts: Mapping[Way, float]) -> float:
     """Bytes in which a rank receives what it adds: of messages only, since a node's ranks read
     each other's memory."""
     rank, total = topology.nodes[0][0], 0.0
     messages = comm.node_transport == "mpi_host"
-    for (algorithm, rail), nbytes in parts.items():
+    for (algorithm, rail, _), nbytes in parts.items():
         if algorithm != "hierarchical":
             if messages or topology.node_count > 1:
                 schedule = schedules.build(algorithm, Kind.ALLREDUCE, rank, topology.size)
@@ -94,18 +122,16 @@ def _received(schedule: Schedule) -> float:
     )
 
 
-def _sent(
-    topology: Topology, rank: int, algorithm: str, rail: str, nbytes: float
-) -> tuple[float, float]:
+def _sent(topology: Topology, rank: int, way: Way, nbytes: float) -> tuple[float, float]:
     """Bytes that a rank sends within its node, and to other nodes."""
-    if algorithm != "hierarchical":
+    if way.algorithm != "hierarchical":
         every = tuple(range(topology.size))
-        schedule = schedules.build(algorithm, Kind.ALLREDUCE, rank, topology.size)
-        return _moved(topology, rank, every, schedule, nbytes)
+        schedule = schedules.build(way.algorithm, Kind.ALLREDUCE, rank, topology.size)
+        return _moved(topology, rank, every, schedule, nbytes * way.ratio)
     near = far = 0.0
-    native = rail == "native"
-    for level in compose(topology.nodes, rank, rail="ring" if native else rail):
-        size = nbytes if level.name == "node" else nbytes / topology.rails
+    native = way.rail == "native"
+    for level in compose(topology.nodes, rank, rail="ring" if native else way.rail):
+        size = nbytes if level.name == "node" else nbytes * way.ratio / topology.rails
         inside, outside = _moved(topology, rank, level.group, level.schedule, size)
         near, far = near + inside, far + outside
     return near, far

@@ -18,7 +18,7 @@ from ..collectives.probe import probe
 from ..collectives.tuner import Tuner, bucket_leads
 from ..config import CommConfig
 from .bucket import Bucket
-from .compression import Compression, codable
+from .compression import Compression, check, codable
 from .plan import Parameter, plan_buckets
 from .stats import StepComm
 
@@ -122,7 +122,8 @@ class Auto:
         allowed = {
             name: made
             for name in config.allow
-            if name != UNCODED and not _refuses(made := codecs.build(name, settings), shapes)
+            if name != UNCODED
+            and not check(made := codecs.build(name, settings), config, self._params)
         }
         measured = probe(collectives, allowed, layout, shapes, torch.get_num_threads())
         return Tuner(
@@ -145,9 +146,3 @@ class Auto:
             Load(plan.coded_numel, plan.nbytes - plan.coded_numel * plan.itemsize, plan.itemsize)
             for plan in plans
         ]
-
-
-def _refuses(codec: codecs.Codec, shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether the codec cannot serve these parameters."""
-    check = getattr(codec, "check", None)
-    return bool(check and check(list(shapes)))

@@ -94,13 +94,16 @@ class Compression:
             clock=self.clock,
         )
 
-    def check(self, params: Iterable[Parameter]) -> UserError | None:
-        """Why the codec cannot serve these parameters, if it cannot."""
-        check = getattr(self.codec, "check", None)
-        if check is None:
-            return None
-        problem: str = check([each.shape for each in params if codable(self.config, each)])
-        return UserError(problem) if problem else None
+
+def check(
+    codec: Codec | None, config: CompressConfig, params: Iterable[Parameter]
+) -> UserError | None:
+    """Why the codec cannot serve these parameters, if it cannot."""
+    told = getattr(codec, "check", None)
+    if told is None:
+        return None
+    problem: str = told([each.shape for each in params if codable(config, each)])
+    return UserError(problem) if problem else None
 
 
 def codable(config: CompressConfig, param: Parameter) -> bool:

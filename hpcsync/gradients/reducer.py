@@ -29,7 +29,7 @@ from . import memory
 from .auto import Auto
 from .bucket import Bucket, Transform
 from .checks import check_same
-from .compression import Compression
+from .compression import Compression, check
 from .norms import total_norm
 from .plan import BucketPlan, Parameter, arena_bytes, place_buckets, plan_buckets
 from .stats import StepComm, step_comm
@@ -221,7 +221,8 @@ class Reducer:
         remembered = self._remembered()
         self._described = described
         if self._compression is not None:
-            self._collectives.runtime.agree(self._compression.check(described))
+            made = self._compression
+            self._collectives.runtime.agree(check(made.codec, made.config, described))
         for bucket in self._buckets:
             bucket.collective.close()
         # Gradients of before keep the old arena alive until they are moved or dropped.

@@ -123,7 +123,7 @@ def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
     nodes, nbytes = 4, 1e6
     topology = Topology.group([f"n{rank // per_node}" for rank in range(nodes * per_node)])
     for rail in ("direct", "ring", "halving", "native"):
-        moved = exchange.traffic(topology, {("hierarchical", rail): nbytes})
+        moved = exchange.traffic(topology, {exchange.Way("hierarchical", rail): nbytes})
         assert moved.node_far == pytest.approx(2 * (nodes - 1) / nodes * nbytes)
         assert moved.rank_far == pytest.approx(moved.node_far / per_node)
         assert moved.rank_near == pytest.approx(2 * (per_node - 1) / per_node * nbytes)
@@ -131,16 +131,18 @@ def test_hierarchical_bytes_follow_the_formula(per_node: int) -> None:
 
 @pytest.mark.parametrize("algorithm", ["direct", "ring", "halving", "doubling", "native"])
 def test_flat_bytes(algorithm: str) -> None:
-    one_node = exchange.traffic(Topology.group(["a"] * 4), {(algorithm, ""): 1e6})
+    one_node = exchange.traffic(Topology.group(["a"] * 4), {exchange.Way(algorithm): 1e6})
     assert one_node.rank_far == one_node.node_far == 0
     assert one_node.rank_near == pytest.approx(2e6 if algorithm == "doubling" else 1.5e6)
-    two_nodes = exchange.traffic(Topology.group(["a", "a", "b", "b"]), {(algorithm, ""): 1e6})
+    two_nodes = exchange.traffic(
+        Topology.group(["a", "a", "b", "b"]), {exchange.Way(algorithm): 1e6}
+    )
     assert two_nodes.node_far > 0
 
 
 def test_uneven_nodes() -> None:
     uneven = Topology.group(["a", "a", "a", "b", "b"])
-    moved = exchange.traffic(uneven, {("hierarchical", "direct"): 1e6})
+    moved = exchange.traffic(uneven, {exchange.Way("hierarchical", "direct"): 1e6})
     assert moved.node_far == pytest.approx(1e6)
 
 
@@ -152,21 +154,23 @@ def test_the_rails_algorithm_is_chosen_by_the_segment() -> None:
     parts = exchange.exchanges(config.comm, topology, plans)
     assert sum(parts.values()) == sum(plan.nbytes for plan in plans)
     small = choice.rail_algorithm(config.comm, 32, 1 << 17, dtype_of("float32"))
-    assert parts.most_common()[0][0] == ("hierarchical", small)
+    assert parts.most_common()[0][0] == exchange.Way("hierarchical", small)
     assert exchange.exchanges(CommConfig(reproducible=True), topology, plans).keys() == {
-        ("direct", "")
+        exchange.Way("direct")
     }
 
 
 def test_what_receives_messages_is_counted() -> None:
     two = Topology.group(["a", "a", "b", "b"])
-    parts = {("hierarchical", "direct"): 1e6}
+    parts = {exchange.Way("hierarchical", "direct"): 1e6}
     assert exchange.scratch(CommConfig(), two, parts) == pytest.approx(1e6 / 4)
-    assert exchange.scratch(CommConfig(), two, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
+    assert exchange.scratch(CommConfig(), two, {exchange.Way("direct"): 1e6}) == pytest.approx(
+        3e6 / 4
+    )
     one = Topology.group(["a"] * 4)
-    assert exchange.scratch(CommConfig(), one, {("direct", ""): 1e6}) == 0
+    assert exchange.scratch(CommConfig(), one, {exchange.Way("direct"): 1e6}) == 0
     over_mpi = CommConfig(node_transport="mpi_host")
-    assert exchange.scratch(over_mpi, one, {("direct", ""): 1e6}) == pytest.approx(3e6 / 4)
+    assert exchange.scratch(over_mpi, one, {exchange.Way("direct"): 1e6}) == pytest.approx(3e6 / 4)
 
 
 def test_many_ranks_are_not_taken_to_be_on_one_node() -> None:
@@ -177,3 +181,25 @@ def test_many_ranks_are_not_taken_to_be_on_one_node() -> None:
     assert "assumed" not in report("train.global_batch=512", ranks=512, nodes=32)
     assert "assumed" not in report("train.global_batch=512", "topology.ranks_per_node=4", ranks=512)
     assert "assumed" not in report(ranks=8)
+
+
+@pytest.mark.parametrize(
+    ("codec", "least", "most"),
+    [("bf16", 0.5, 0.51), ("int8", 0.25, 0.27), ("int8_shared", 0.25, 0.3), ("powersgd", 0.0, 0.2)],
+)
+def test_coded_bytes_are_told(codec: str, least: float, most: float) -> None:
+    topology = Topology.group([f"n{rank // 2}" for rank in range(4)])
+
+    def far(*overrides: str) -> float:
+        config = configs.load(None, ["data.options={max_mb=0.5}", *overrides])
+        sizes = dryrun.measure(config, data.build(config), 1)
+        plans = dryrun.plan(config, sizes)
+        ratios = dryrun._ratios(config, sizes, topology, plans)
+        where = config.compress.where
+        parts = exchange.exchanges(config.comm, topology, plans, ratios, where)
+        return exchange.traffic(topology, parts).node_far
+
+    plain = far()
+    for where in ("rail", "all"):
+        ratio = far(f"compress.codec={codec}", f"compress.where={where}") / plain
+        assert least <= ratio / (1 if where == "rail" else 2) <= most
