@@ -169,12 +169,9 @@ class Tuner:
     def _window(self) -> int:
         """Steps of a window, the same on all ranks: more of short steps, which vary more."""
         if not self._length and len(self._steps) >= 3:
-            step_s = self._agree([median(self._steps)], "max")[0]
+            step_s = self._runtime.allreduce_scalar([median(self._steps)], "max")[0]
             self._length = 5 if step_s < 0.1 else 4 if step_s < 0.5 else 3
         return self._length or 3
-
-    def _agree(self, values: Sequence[float], op: str) -> list[float]:
-        return self._runtime.allreduce_scalar(values, op)
 
     def _take_window(self) -> list[float]:
         """The window's steps as of the slowest rank; notes what was exposed on all ranks alike.
@@ -182,7 +179,9 @@ class Tuner:
         A rank that waits for a slower one waits longer than the exchange takes: the least counts.
         """
         steps = self._steps[-self._length :]
-        *steps, exposed = self._agree([*steps, -median(self._waits[-self._length :])], "max")
+        *steps, exposed = self._runtime.allreduce_scalar(
+            [*steps, -median(self._waits[-self._length :])], "max"
+        )
         self._exposed.setdefault(self._choice, []).append(-exposed)
         self._collect()
         return steps
@@ -218,7 +217,7 @@ class Tuner:
         backward_s = _BACKWARD * computing
         if not leads:
             return Profile(backward_s)
-        flat = self._agree([number for lead in leads for number in lead], "max")
+        flat = self._runtime.allreduce_scalar([number for lead in leads for number in lead], "max")
         agreed = tuple(zip(flat[::2], flat[1::2], strict=True))
         return Profile(max(backward_s, *(lead for _, lead in agreed)), agreed)
 
@@ -241,7 +240,7 @@ class Tuner:
 
     def _watch(self) -> None:
         """Begin anew if the steady step has changed for good."""
-        step_s = self._agree([median(self._steps)], "max")[0]
+        step_s = self._runtime.allreduce_scalar([median(self._steps)], "max")[0]
         self._collect()
         if self._reference_s is None:
             self._reference_s = step_s
