@@ -14,6 +14,7 @@ engine, in turns: blocks of steps in an order that changes from round to round. 
     ddp             torch DDP; ddp-fp16 and ddp-powersgd (rank 4) are its hooks of these names
     hpcsync         as the deck says
     hpcsync-CODEC   with compress.codec=CODEC from the first step: hpcsync-int8, hpcsync-auto, ...
+                    (auto first trains until it has chosen: its loss is of more steps)
 
 The time of a block is that of its slowest rank; the table shows medians over rounds of
 
