@@ -26,6 +26,12 @@ struct Sums {
         return error ? error[i] + value : value;
     }
 
+    void prefetch(size_t i) const {
+        __builtin_prefetch(x + i);
+        if (velocity) __builtin_prefetch(velocity + i);
+        if (error) __builtin_prefetch(error + i);
+    }
+
     // Adds `count` elements, at most 1024, into the stores; bit 31 says whether one is not finite.
     uint32_t add(size_t start, size_t count) const {
         float room[1024];
