@@ -36,7 +36,7 @@ DEVICE void shared_encode(const float *x, float *error, uint64_t n, const int32_
             int32_t q = stochastic
                             ? hpcsync_round_random(y, hpcsync_unit(hpcsync_random_at(key, index)))
                             : hpcsync_round(y);
-            q = poison || row_index(j) >= count ? 0 : hpcsync_clamp(q, levels);
+            q = poison ? 0 : hpcsync_clamp(q, levels);
             if (!poison) lost.at[j] = h.at[j] - (float)q * block.scale;
             sum += (uint32_t)q;
             codes.at[j] = (Code)q;
