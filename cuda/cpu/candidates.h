@@ -19,6 +19,7 @@ namespace {
 
 constexpr size_t BLOCK = 1024;          // elements accumulated at once: 4 KiB, in the first cache
 constexpr size_t LARGEST_SAMPLE = 8192;
+constexpr size_t SPARE = 2;             // that may be noted behind the last candidate
 constexpr size_t RUN = 8;               // neighbours sampled together: a cache miss costs the most
 
 // How the candidates are found: `rank` is the place in the sample, from the largest on, of the
@@ -145,22 +146,22 @@ uint64_t reaching(const float *values, uint32_t threshold) {
 }
 
 // Notes the elements of all[start, start + count) whose magnitudes are not below the threshold (in
-// bits), and returns how many; there is room for `count`.
+// bits), and returns how many; there is room for `count` and SPARE more.
 size_t collect(const float *all, size_t start, size_t count, uint32_t threshold, uint32_t *places,
                float *values) {
     size_t found = 0, i = 0;
     for (; i + 64 <= count; i += 64) {
         uint64_t set = reaching(all + start + i, threshold);
         size_t last = found + (size_t)__builtin_popcountll(set);
-        // Three are noted whether there are so many or not: more are rare, and a loop that ends
+        // SPARE + 1 are noted whether there are so many or not: more are rare, and a loop that ends
         // after none, one or two would be mispredicted nearly each time.
         do {
-            for (int j = 0; j < 3; ++j, set &= set - 1) {
+            for (size_t j = 0; j <= SPARE; ++j, set &= set - 1) {
                 size_t at = start + i + (size_t)__builtin_ctzll(set | 1ull << 63);
                 places[found + j] = (uint32_t)at;
                 values[found + j] = all[at];
             }
-            found += 3;
+            found += SPARE + 1;
         } while (set);
         found = last;
     }

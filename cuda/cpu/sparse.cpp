@@ -27,7 +27,7 @@ void each(const Elements &elements, const Cut &cut, uint64_t seed, Use use) {
     }
 }
 
-// Lists those that go; the lists may be the elements' own.
+// Lists those that go, and perhaps one more behind them; the lists may be the elements' own.
 size_t keep(const Elements &elements, const Cut &cut, uint64_t seed, uint32_t *places,
             float *values) {
     hpcsync_ties ties = hpcsync_ties_begin(seed, cut.wanted, cut.equal);
@@ -143,7 +143,7 @@ size_t sparse_encode(const float *x, float divisor, float momentum, float *veloc
     for (size_t start = 0; start < n; start += BLOCK) {
         size_t count = n - start < BLOCK ? n - start : BLOCK;
         bad |= sums.add(start, count);
-        fits = fits && found + count <= how.capacity;
+        fits = fits && found + count + SPARE <= how.capacity;
         if (fits) found += collect(all, start, count, threshold, places + found, values + found);
     }
     if (bad) return write_header(out, HPCSYNC_SPARSE_POISON, 0);
@@ -153,7 +153,7 @@ size_t sparse_encode(const float *x, float divisor, float momentum, float *veloc
         elements = {nullptr, all, n};
         cut = find_cut(all, n, k, lowest);
     }
-    if (cut.count <= how.capacity) {
+    if (cut.count < how.capacity) {
         size_t kept = keep(elements, cut, seed, places, values);
         elements = {places, values, kept};
         cut = {lowest, 1, 1, kept};
