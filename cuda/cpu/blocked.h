@@ -17,10 +17,14 @@
 #include <cstring>
 
 #include "../hpcsync_block.h"
+#include "vector.h"
 
 namespace {
 
 constexpr size_t BLOCK = 256;
+
+// Elements that are asked for before they are read.
+constexpr size_t AHEAD = 2 * BLOCK;
 
 template <class Form>
 struct Blocked {
@@ -32,6 +36,11 @@ struct Blocked {
     }
 
     static size_t bytes(size_t n) { return header(n) + n * sizeof(Code); }
+
+    // Ask for a block that is read later: arithmetic on this one hides the wait.
+    static void fetch(const float *block) {
+        for (size_t i = 0; i < BLOCK; i += 16) __builtin_prefetch(block + AHEAD + i);
+    }
 
     // h = x + error; the bits of the largest magnitude.
     static uint32_t gather(const float *x, const float *error, size_t count, float *h) {
@@ -99,6 +108,8 @@ struct Blocked {
         for (size_t start = 0; start < n; start += BLOCK, scales += sizeof(float)) {
             const size_t count = n - start < BLOCK ? n - start : BLOCK;
             float *lost = error ? error + start : nullptr;
+            fetch(x + start);
+            if (error) fetch(lost);
             const uint32_t largest = gather(x + start, lost, count, h);
             put<RANDOM>(h, largest, count, key, start, lost, scales,
                         codes + start * sizeof(Code), d);
@@ -140,6 +151,14 @@ struct Blocked {
     template <bool ADD>
     static void decode(const uint8_t *in, size_t n, float *out) {
         size_t start = 0;
+        if (!ADD && n * sizeof(float) >= STREAM_BYTES) {
+            float d[BLOCK];
+            for (; start + BLOCK <= n; start += BLOCK) {
+                get<false>(in, n, start, BLOCK, d);
+                stream_row(out + start, d, BLOCK);
+            }
+            stream_end();
+        }
         for (; start + BLOCK <= n; start += BLOCK) get<ADD>(in, n, start, BLOCK, out + start);
         if (start < n) get<ADD>(in, n, start, n - start, out + start);
     }

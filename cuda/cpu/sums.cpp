@@ -14,10 +14,6 @@ constexpr size_t STEP = WIDTH * LANES;
 // several streams at once fall behind without it.
 constexpr size_t AHEAD = 512;
 
-// Outputs of so many bytes leave the cache before they are read again. Written past it they spare
-// reading their old lines, which is worth a quarter of the time of two sources and one output.
-constexpr size_t STREAM_BYTES = size_t(4) << 20;
-
 struct Divisor {
     float value, reciprocal;
     bool product, none;

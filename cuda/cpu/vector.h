@@ -45,6 +45,17 @@ inline __attribute__((always_inline)) void stream(float *to, Vector value) {
 #endif
 }
 
+// Outputs of so many bytes leave the cache before they are read again. Written past it they spare
+// reading their old lines: a quarter of the time of a sum of two, a third of that of decoding.
+constexpr size_t STREAM_BYTES = size_t(4) << 20;
+
+inline void stream_row(float *to, const float *from, size_t n) {
+    size_t i = 0;
+    for (; i < n && (uintptr_t)(to + i) % VECTOR_BYTES; ++i) to[i] = from[i];
+    for (; i + LANES <= n; i += LANES) stream(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = from[i];
+}
+
 // Before other threads may see what was streamed.
 inline __attribute__((always_inline)) void stream_end() {
 #ifdef HPCSYNC_X86

@@ -166,3 +166,22 @@ def test_a_bad_rank_leaves_the_stores_of_its_blocks_as_they_were(native: bool) -
         assert np.isfinite(values[512:]).all()
         np.testing.assert_array_equal(store.read("error")[bad], old[bad])
         assert (store.read("error")[:256] != old[:256]).any()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "bf16", "fp16"])
+def test_large_pieces_decode_at_any_place(name: str) -> None:
+    """They are written past the caches, which wants aligned addresses."""
+    codec = codecs.build(name, Settings())
+    assert isinstance(codec, PieceCodec)
+    count = (4 << 20) // 4 + 77
+    values = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+    data = np.empty(codec.capacity(count), np.uint8)
+    codec.encode(values, data, None, Moment())
+    added = np.zeros(count, np.float32)
+    codec.decode_add(data, added)
+    for offset in (0, 1, 5, 15):
+        room = np.full(count + 32, 7.0, np.float32)
+        codec.decode(data, room[offset : offset + count])
+        np.testing.assert_array_equal(room[offset : offset + count], added)
+        assert (room[:offset] == 7.0).all()
+        assert (room[offset + count :] == 7.0).all()
