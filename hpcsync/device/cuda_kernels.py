@@ -33,6 +33,8 @@ FAMILY_OF = {
     "sparse": "sparse",
     "entries": "entries",
     "groups": "entries",
+    "factor": "factors",
+    "orthogonalise": "factors",
 }
 # The same bits as everywhere else; --use_fast_math must never join these.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -112,7 +114,7 @@ class Launcher:
 
 
 class CudaKernels:
-    """The functions of every family but the sparse one (``cuda_sparse``)."""
+    """The functions of most families; see also ``cuda_sparse`` and ``cuda_factors``."""
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher

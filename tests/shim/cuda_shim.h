@@ -12,6 +12,7 @@
 // setjmp's check of the stack would take a jump to another fiber's for a fault.
 #undef _FORTIFY_SOURCE
 
+#include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
