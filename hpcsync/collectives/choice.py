@@ -19,6 +19,7 @@ _MIB = 1 << 20
 _ONE_NODE_SEGMENTS = 16
 # A coded piece is coded, sent and decoded one after the other: larger ones would overlap less.
 _MOST_LARGER = 4.0
+_LONGEST_TAIL = 1 << 14  # elements
 # What the choice takes a network between nodes to be: 10 Gbit/s, 30 us a message.
 _LINK = schedules.Link(alpha_s=30e-6, beta_s_per_byte=8e-10, gamma_s_per_byte=1e-10)
 
@@ -68,6 +69,11 @@ def coded_segment(comm: CommConfig, codec: Codec) -> int:
         probe = 1 << 16
         ratio = 4 * probe / max(codec.expected(probe), 1.0)
     return int(comm.segment_mb * _MIB * min(max(ratio, 1.0), _MOST_LARGER))
+
+
+def tail(codec: Codec, count: int) -> int:
+    """Of ``count`` elements behind the coded ones, those that travel in the same message."""
+    return count if isinstance(codec, PieceCodec) and count <= _LONGEST_TAIL else 0
 
 
 def runs(bounds: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

@@ -28,22 +28,63 @@ class CodedSegment:
 
 
 def coded_segments(binding: Binding, whole: Region, coding: Coding) -> Iterator[CodedSegment]:
-    """The segments of ``whole``, all of which is coded."""
-    for start, stop in _pieces(binding, whole, coding):
-        region = whole.part(start, stop)
-        held: list[Held] = []
+    """The segments of ``whole``; what lies behind ``coding.count`` goes uncoded with the last."""
+    for start, stop in _pieces(binding, whole.part(0, coding.count), coding):
+        last = stop == coding.count
+        tail = whole.count - stop if last else 0
+        segment = _Segment(binding, coding, start, tail, whole.part(start, stop + tail))
+        yield CodedSegment(segment.region.nbytes, segment.stages(), segment.held)
 
-        def along(shard: Region, at: int, tag: int, start: int = start) -> Stage:
-            divisor = binding.divisor // binding.early(shard)
-            return _stage(binding, "rail", shard, coding, start + at, tag, divisor, held)  # noqa: B023
 
-        if coding.where == "all":
-            tag = binding.next_tag() + RAIL
-            divisor = binding.divisor
-            stages = [_stage(binding, "world", region, coding, start, tag, divisor, held)]
+class _Segment:
+    """One segment on its way to its stages."""
+
+    def __init__(
+        self, binding: Binding, coding: Coding, start: int, tail: int, region: Region
+    ) -> None:
+        self._binding, self._coding, self._start, self._tail = binding, coding, start, tail
+        self.region = region
+        self.held: list[Held] = []
+
+    def stages(self) -> list[Stage]:
+        binding = self._binding
+        if self._coding.where == "rail":
+            return binding.across(self.region, self._cuts(), self._along)
+        tag = binding.next_tag() + RAIL
+        return [self._stage("world", binding.ways.world, self.region, 0, tag, binding.divisor)]
+
+    def _along(self, shard: Region, at: int, tag: int) -> Stage:
+        binding = self._binding
+        divisor = binding.divisor // binding.early(shard)
+        return self._stage("rail", binding.ways.rail, shard, at, tag, divisor)
+
+    def _cuts(self) -> list[int]:
+        """Where the node's ranks share the segment: at blocks, or between tensors."""
+        rails = self._binding.ways.topology.rails
+        count = self.region.count - self._tail
+        if _is_whole(self._coding.codec):
+            starts = [each.start - self._start for each in self._coding.matrices]
+            cuts = choice.balanced([at for at in starts if 0 <= at < count], count, rails)
         else:
-            stages = binding.across(region, _cuts(binding, region, coding, start), along)
-        yield CodedSegment(region.nbytes, stages, held)
+            cuts = schedules.chunk_bounds(count, rails, self._coding.codec.block)
+        return [*cuts[:-1], self.region.count]
+
+    def _stage(
+        self, level: str, transport: MpiHost, part: Region, at: int, tag: int, divisor: int
+    ) -> Stage:
+        coding, start, ways = self._coding, self._start + at, self._binding.ways
+        program: Summed | TwoPass
+        if isinstance(coding.codec, SumCodec):
+            config = self._binding.config
+            program = Summed(config, transport, part, coding, start, tag, divisor)
+        else:
+            tail = self._tail if at + part.count == self.region.count else 0
+            program = TwoPass(transport, part, coding, start, tag, divisor, tail)
+        self.held += program.held
+        sent = program.sent_bytes.items()
+        return Stage(
+            level, program, round(sum(n for who, n in sent if ways.leaves(transport, who)))
+        )
 
 
 def _pieces(binding: Binding, whole: Region, coding: Coding) -> Iterator[tuple[int, int]]:
@@ -58,37 +99,6 @@ def _pieces(binding: Binding, whole: Region, coding: Coding) -> Iterator[tuple[i
     ):
         if start < stop:
             yield start, stop
-
-
-def _cuts(binding: Binding, region: Region, coding: Coding, start: int) -> list[int]:
-    """Where the node's ranks share a segment: at blocks, or between tensors."""
-    rails = binding.ways.topology.rails
-    if not _is_whole(coding.codec):
-        return schedules.chunk_bounds(region.count, rails, coding.codec.block)
-    starts = [each.start - start for each in coding.matrices]
-    return choice.balanced([at for at in starts if 0 <= at < region.count], region.count, rails)
-
-
-def _stage(
-    binding: Binding,
-    level: str,
-    region: Region,
-    coding: Coding,
-    start: int,
-    tag: int,
-    divisor: int,
-    held: list[Held],
-) -> Stage:
-    ways = binding.ways
-    transport: MpiHost = ways.rail if level == "rail" else ways.world
-    program: Summed | TwoPass
-    if isinstance(coding.codec, SumCodec):
-        program = Summed(binding.config, transport, region, coding, start, tag, divisor)
-    else:
-        program = TwoPass(transport, region, coding, start, tag, divisor)
-    held += program.held
-    far = sum(sent for peer, sent in program.sent_bytes.items() if ways.leaves(transport, peer))
-    return Stage(level, program, round(far))
 
 
 def _is_whole(codec: Codec) -> bool:

@@ -161,8 +161,9 @@ class Collectives:
         ways = Ways(self.topology, self.runtime.rank, self.world, self.node, self.rail, self.shared)
         binding = Binding(ways, config, name, self.runtime.size if average else 1, self._next_tag)
         whole = Region(buffer, offset, count, dtype)
-        coded = coding.count if coding and choice.codes(coding.where, self.topology) else 0
-        if coding and coded:
+        coded = 0
+        if coding and coding.count and choice.codes(coding.where, self.topology):
+            coded = coding.count + choice.tail(coding.codec, count - coding.count)
             for segment in coded_segments(binding, whole.part(0, coded), coding):
                 collective.add_segment(segment.nbytes, segment.stages)
                 collective.held += segment.held

@@ -15,7 +15,8 @@ nothing is ready the thread sleeps for a fraction of the time that nothing has m
 ``MOST_SLEEP_S``: short waits are met at once, and a long one costs a few per cent of a core.
 Where ranks outnumber cores both bounds grow with their ratio, or the ranks that wait would keep
 those that work from a core. While the main thread computes and waits for nothing, sleeps may be
-longer, up to ``PATIENT_SLEEP_S``: there is other work to hide behind.
+longer, ``PATIENT_SLEEPS_S``: there is other work to hide behind, and each waking takes time from
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..transports.base import Wait
 
 LEAST_SLEEP_S = 60e-6
 MOST_SLEEP_S = 1e-3
-PATIENT_SLEEP_S = 4e-3
+PATIENT_SLEEPS_S = 1e-3, 4e-3
 _SLEEP_SHARE = 0.4  # of the time that nothing has moved
 _STARVED_S = 2e-3  # without movement: the window opens
 _PR_SET_TIMERSLACK = 29
@@ -88,10 +89,8 @@ class Progress:
     def __init__(self, credit_bytes: int, timeout_s: float, crowding: float = 1.0) -> None:
         self._credit = credit_bytes
         self._timeout = timeout_s
-        self._least_sleep_s = LEAST_SLEEP_S * max(crowding, 1.0)
-        self._most_sleep_s = MOST_SLEEP_S * max(crowding, 1.0)
-        self._patient_sleep_s = PATIENT_SLEEP_S
-        self._waiting = 0
+        self._sleeps_s = LEAST_SLEEP_S * max(crowding, 1.0), MOST_SLEEP_S * max(crowding, 1.0)
+        self._waiting = 0  # threads that do nothing else
         self._incoming: deque[Job] = deque()
         self._pending: list[tuple[int, int, Job]] = []
         self._active: list[_Active] = []
@@ -183,8 +182,8 @@ class Progress:
                 continue
             if self._timeout and idle > self._timeout:
                 raise CollectiveTimeout(self._report(idle))
-            most = self._most_sleep_s if self._waiting else self._patient_sleep_s
-            time.sleep(min(max(idle * _SLEEP_SHARE, self._least_sleep_s), most))
+            least, most = self._sleeps_s if self._waiting else PATIENT_SLEEPS_S
+            time.sleep(min(max(idle * _SLEEP_SHARE, least), most))
 
     def _rest(self) -> None:
         """Nothing to do: sleep until something is submitted."""

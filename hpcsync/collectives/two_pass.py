@@ -22,6 +22,7 @@ from ..device.kernels import empty_bytes
 from ..schedules import chunk_bounds
 from ..transports.base import Parcel, Program, Region, Transport, Wait
 from .coding import Coding, Held, Window
+from .tail import Tailed
 
 
 class TwoPass(Program):
@@ -30,6 +31,7 @@ class TwoPass(Program):
     Args:
         transport: of all ranks that take part; must have messages.
         start: where the region begins in the allreduce; for ``held``.
+        tail: last elements of the region, which are not coded.
         tag: as for ``Transport.bind``.
 
     Attributes:
@@ -45,24 +47,29 @@ class TwoPass(Program):
         start: int,
         tag: int,
         divisor: int,
+        tail: int = 0,
     ) -> None:
         codec = coding.codec
         assert isinstance(codec, PieceCodec)
-        self._codec, self._coding, self._start, self._divisor = codec, coding, start, divisor
+        self._coding, self._start, self._divisor = coding, start, divisor
         self._transport = transport
         self._window = Window(region)
         rank, size = transport.rank, transport.size
-        bounds = chunk_bounds(region.count, size, codec.block)
+        bounds = chunk_bounds(region.count - tail, size, codec.block)
+        bounds[-1] = region.count
         self._parts = [slice(low, high) for low, high in pairwise(bounds)]
         counts = [part.stop - part.start for part in self._parts]
+        codecs = [codec] * (size - 1) + [Tailed(codec, tail) if tail else codec]
+        self._codecs = codecs
         others = [who for who in range(size) if who != rank]
         # Empty parts are not sent: every rank knows which.
         self._owners = [who for who in others if counts[who]]
         self._givers = others if counts[rank] else []
-        self._coded = [empty_bytes(codec.capacity(counts[who])) for who in self._owners]
-        self._given = [empty_bytes(codec.capacity(counts[rank])) for _ in self._givers]
-        self._means = [empty_bytes(codec.capacity(counts[who])) for who in self._owners]
-        self._mean = empty_bytes(codec.capacity(counts[rank]))
+        room = [code.capacity(count) for code, count in zip(codecs, counts, strict=True)]
+        self._coded = [empty_bytes(room[who]) for who in self._owners]
+        self._given = [empty_bytes(room[rank]) for _ in self._givers]
+        self._means = [empty_bytes(room[who]) for who in self._owners]
+        self._mean = empty_bytes(room[rank])
         self._mail = transport.mail(
             [
                 *map(Parcel, self._owners, self._coded),
@@ -72,7 +79,7 @@ class TwoPass(Program):
             tag,
         )
         self._stores = {
-            who: codec.store(counts[who], OWNER if who == rank else SENDER)
+            who: codecs[who].store(counts[who], OWNER if who == rank else SENDER)
             for who in range(size)
             if counts[who]
         }
@@ -81,14 +88,15 @@ class TwoPass(Program):
             for who, store in self._stores.items()
             if store is not None
         ]
-        mean = codec.expected(counts[rank]) if counts[rank] else 0.0
-        self.sent_bytes = {
-            who: (codec.expected(counts[who]) if counts[who] else 0.0) + mean for who in others
-        }
+        expected = [
+            code.expected(count) if count else 0.0
+            for code, count in zip(codecs, counts, strict=True)
+        ]
+        self.sent_bytes = {who: expected[who] + expected[rank] for who in others}
 
     def run(self) -> Iterator[Wait]:
         """One exchange."""
-        codec, mail, rank = self._codec, self._mail, self._transport.rank
+        mail, rank = self._mail, self._transport.rank
         givers, owners = len(self._givers), len(self._owners)
         given = mail.expect(range(givers))
         means = mail.expect(range(givers, givers + owners))
@@ -96,7 +104,7 @@ class TwoPass(Program):
         with self._window.opened() as values:
             for index, who in enumerate(self._owners):
                 out = self._coded[index]
-                used = codec.encode(
+                used = self._codecs[who].encode(
                     values[self._parts[who]], out, self._stores[who], self._moment(who)
                 )
                 sent.append(mail.send(index, used))
@@ -106,7 +114,7 @@ class TwoPass(Program):
                 sent += [mail.send(owners + index, used) for index in range(givers)]
             yield means
             for who, data in zip(self._owners, self._means, strict=True):
-                codec.decode(data, values[self._parts[who]])
+                self._codecs[who].decode(data, values[self._parts[who]])
             yield from sent
 
     def close(self) -> None:
@@ -116,7 +124,7 @@ class TwoPass(Program):
         """The owner's part; the bytes of the coded mean."""
         rank = self._transport.rank
         place = sum(who < rank for who in self._givers)
-        return self._codec.combine(
+        return self._codecs[rank].combine(
             own,
             place,
             self._given,
