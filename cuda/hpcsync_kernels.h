@@ -11,8 +11,8 @@
  *     fused multiply-add, no flushing of denormals, sums in the order that the function states.
  *   - `error`, where it may be NULL, is the error store: what was lost is written to it, and what
  *     it holds is added before coding.
- *   - `seed` rounds at random, without bias, from a counter-based generator; HPCSYNC_NEAREST
- *     (see each function) rounds to nearest even.
+ *   - `stochastic`, where a function takes it: 0 rounds to nearest even; else at random, without
+ *     bias, by a counter-based generator of `seed` and the element's index.
  */
 #ifndef HPCSYNC_KERNELS_H
 #define HPCSYNC_KERNELS_H

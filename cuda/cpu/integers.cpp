@@ -53,6 +53,8 @@ uint32_t shared_all(const float *x, float *error, size_t n, const int32_t *large
     size_t start = 0;
     for (; start + BLOCK <= n; start += BLOCK, ++largest) {
         const uint32_t size = (uint32_t)*largest;
+        Blocked<Int8>::fetch(x + start);
+        if (error) Blocked<Int8>::fetch(error + start);
         if (error)
             sum += shared_block<Code, RANDOM>(x + start, error + start, BLOCK, size, levels, key,
                                               (uint32_t)start, out + start);
@@ -79,18 +81,22 @@ uint32_t shared_decode(const Code *in, size_t n, const int32_t *largest, int32_t
                        float divisor, float *out) {
     const bool product = hpcsync_is_power_of_two(divisor);
     const float reciprocal = 1.0f / divisor;
+    const bool streamed = n * sizeof(float) >= STREAM_BYTES;
     uint32_t sum = 0;
+    float d[BLOCK];
     for (size_t start = 0; start < n; start += BLOCK, ++largest) {
         const size_t count = n - start < BLOCK ? n - start : BLOCK;
         const float scale = hpcsync_block_scale((uint32_t)*largest, (float)levels).scale;
         const Code *from = in + start;
-        float *to = out + start;
+        float *to = streamed ? d : out + start;
         for (size_t i = 0; i < count; ++i) {
             sum += (uint32_t)(int32_t)from[i];
             const float value = (float)from[i] * scale;
             to[i] = product ? value * reciprocal : value / divisor;
         }
+        if (streamed) stream_row(out + start, d, count);
     }
+    stream_end();
     return sum;
 }
 
