@@ -32,7 +32,7 @@ FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 # The same bits on every processor: no fused multiply-add, no reordering of sums.
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-LINK = ["-shared", "-Wl,--as-needed", "-Wl,-z,defs"]
+LINK = ["-shared", "-static-libgcc", "-Wl,--as-needed", "-Wl,-z,defs"]
 SETS = {
     "avx2": ["-mavx2", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
