@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FEWEST_BUCKETS = 8
+# Of coded gradients: their time on the wire is short, and each bucket costs processor time.
+_FEWEST_CODED = 3
 _ALIGN = 64  # bytes; a parameter's gradient starts on a cache line
 
 
@@ -71,11 +73,13 @@ def plan_buckets(
         params: all parameters.
         order: indices of ``params``, each once, first ready first.
         cap_bytes: a bucket is closed when it holds at least this much. A small model gets smaller
-            buckets, about ``_FEWEST_BUCKETS``, or nothing would be left to hide behind.
+            buckets, about ``_FEWEST_BUCKETS`` or ``_FEWEST_CODED``, or nothing would be left to
+            hide behind.
         first_bytes: the same for the first bucket of each dtype.
     """
     total = sum(param.numel * param.itemsize for param in params)
-    cap_bytes = min(cap_bytes, max(total // _FEWEST_BUCKETS, first_bytes))
+    fewest = _FEWEST_CODED if any(param.coded for param in params) else _FEWEST_BUCKETS
+    cap_bytes = min(cap_bytes, max(total // fewest, first_bytes))
     assert sorted(order) == list(range(len(params))), "every parameter stands in the order once"
     open_buckets: dict[str, list[int]] = {}
     filled: dict[str, int] = {}
