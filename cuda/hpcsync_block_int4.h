@@ -24,23 +24,31 @@
 // The scale keeps 12 significant bits: q * scale is then exact.
 #define HPCSYNC_INT4_SCALE_MASK 0xFFFFF000u
 
-// From the largest and the least of a block's coefficients.
+// The coefficient of larger magnitude; of two opposite ones the positive. Which NaN or Inf comes
+// out does not matter: in a block with one, every coefficient is one.
+HPCSYNC_HD float hpcsync_int4_extreme(float a, float b) {
+    uint32_t size_a = hpcsync_abs_bits(a), size_b = hpcsync_abs_bits(b);
+    return size_a > size_b || (size_a == size_b && hpcsync_bits(a) == size_a) ? a : b;
+}
+
+// From a block's coefficient of largest magnitude (hpcsync_int4_extreme over the block).
 //
-// To nearest, the coefficient of largest magnitude is coded as -8: the scale has its sign turned.
-// An opposite one between 7.5 and 8 scales is coded as 7, so that what is lost is at most one
-// scale. That is 16 levels for the price of 15 and a fifth less error than -7..7.
+// To nearest, it is coded as -8: the scale has its sign turned. An opposite one between 7.5 and 8
+// scales is coded as 7, so that what is lost is at most one scale. That is 16 levels where -7..7
+// has 15, and a mean square error less by 23% (0.0123 to 0.0159 of the variance, normal values).
 // At random, values must lie within -7..7, for what is cut off would be a bias.
 //
-// The scale is NaN if any is not finite (NaN or Inf in a block spreads to all coefficients); 0 if
-// it would be no normal number: the block is coded as zeros, and the store keeps all of it.
-HPCSYNC_HD hpcsync_scale hpcsync_int4_scale(float most, float least, bool stochastic) {
+// The scale is NaN if the extreme is not finite (NaN or Inf in a block spreads to all its
+// coefficients); 0 if it would be no normal number: the block is coded as zeros, and the store
+// keeps all of it.
+HPCSYNC_HD hpcsync_scale hpcsync_int4_scale(float extreme, bool stochastic) {
     hpcsync_scale made = {0.0f, 0.0f};
-    if (!hpcsync_finite(most) || !hpcsync_finite(least)) {
+    if (!hpcsync_finite(extreme)) {
         made.scale = hpcsync_float(HPCSYNC_NAN_BITS);
         return made;
     }
-    bool negative = -least >= most;
-    float largest = hpcsync_float(hpcsync_abs_bits(negative ? least : most));  // no -0
+    bool negative = extreme < 0.0f;
+    float largest = hpcsync_float(hpcsync_abs_bits(extreme));
     uint32_t bits;
     if (stochastic) {
         uint32_t highest = hpcsync_bits(HPCSYNC_FLT_MAX / 7.0f) & HPCSYNC_INT4_SCALE_MASK;
@@ -90,22 +98,12 @@ HPCSYNC_HD hpcsync_key hpcsync_int4_store_key(uint64_t seed) {
     return hpcsync_random_key(seed ^ 0x5851F42D4C957F2Dull);
 }
 
-// Index of the random word of coefficient c of a piece. Four coefficients, 16 apart, take 16 bits
-// each out of one word, at the shifts 0, 5, 11 and 16: each is uniform, two are all but
-// independent, and a word is made for four.
-HPCSYNC_HD uint32_t hpcsync_int4_word(uint32_t c) {
-    return ((c >> 8) << 6) | (((c >> 6) & 3u) << 4) | (c & 15u);
-}
-
-HPCSYNC_HD uint32_t hpcsync_int4_shift(uint32_t c) {
-    uint32_t k = (c >> 4) & 3u;
-    return 5u * k + (k >> 1);
-}
-
-// 128 + u of coefficient c, u of 16 bits uniform in [0, 1).
+// 128 + u of coefficient c, u of 16 bits uniform in [0, 1): 16 coefficients of a block, 16 apart,
+// share a random word, to which the golden ratio's part is added once more for each. Any one is
+// uniform, and the 16 are spread evenly, for a sixteenth of the work.
 HPCSYNC_HD float hpcsync_int4_dither(hpcsync_key key, uint32_t c) {
-    uint32_t random = hpcsync_random_at(key, hpcsync_int4_word(c)) >> hpcsync_int4_shift(c);
-    return hpcsync_float(0x43000000u | (random & 0xFFFFu));
+    uint32_t random = hpcsync_random_at(key, ((c >> 8) << 4) | (c & 15u));
+    return hpcsync_float(0x43000000u | ((random + 0x9E37u * ((c >> 4) & 15u)) & 0xFFFFu));
 }
 
 // An error as the store keeps it: the integer below error / unit + u.
@@ -203,16 +201,15 @@ HPCSYNC_HD float hpcsync_int4_encode_end(const float *x, int8_t *error, uint8_t 
     for (uint32_t i = 0; i < n; ++i) h[i] = x[i];
     hpcsync_int4_rotate(h, n);
     float unit = error ? hpcsync_int4_unit(*exponent) : 0.0f;
-    float most = 0.0f, least = 0.0f;
+    float extreme = 0.0f;
     bool finite = true;
     for (uint32_t i = 0; i < n; ++i) {
         if (error) h[i] = h[i] + (float)error[i] * unit;
         finite = finite && hpcsync_finite(h[i]);
-        most = h[i] > most ? h[i] : most;
-        least = h[i] < least ? h[i] : least;
+        extreme = hpcsync_int4_extreme(h[i], extreme);
     }
-    if (!finite) most = hpcsync_float(HPCSYNC_INF_BITS);
-    hpcsync_scale s = hpcsync_int4_scale(most, least, stochastic);
+    if (!finite) extreme = hpcsync_float(HPCSYNC_INF_BITS);
+    hpcsync_scale s = hpcsync_int4_scale(extreme, stochastic);
     float bound = keep == 0.0f ? s.scale : 0.0f;
     for (uint32_t i = 0; i < n; ++i) {
         q[i] = 0;

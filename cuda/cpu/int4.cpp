@@ -1,26 +1,79 @@
 // int4: whole blocks in registers; the end of a piece by hpcsync_block_int4.h, value by value.
-#include "rotation.h"
 #include "kernel.h"
+#include "rotation.h"
 
 namespace HPCSYNC_ISA {
 namespace {
 
 constexpr size_t BLOCK = HPCSYNC_INT4_BLOCK;
 
+// Blocks that are asked for before they are needed: processors' own prefetching stops while a block
+// is worked on.
+constexpr size_t AHEAD = 4;
+
+// Values from which decoding to aligned memory goes past the caches: 4 MiB.
+constexpr size_t STREAMED = size_t(1) << 20;
+
 INLINE Vector splat(float value) { return Vector{} + value; }
 
-INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
-INLINE Vector lesser(Vector a, Vector b) { return a < b ? a : b; }
-
-// The largest and least of a register. No NaN matters: it is then in all lanes, or Inf is.
-INLINE void extremes(Vector most, Vector least, float *out) {
-    if constexpr (LANES > 8) most = larger(most, partner<8>(most)), least = lesser(least, partner<8>(least));
-    if constexpr (LANES > 4) most = larger(most, partner<4>(most)), least = lesser(least, partner<4>(least));
-    most = larger(most, partner<2>(most)), least = lesser(least, partner<2>(least));
-    most = larger(most, partner<1>(most)), least = lesser(least, partner<1>(least));
-    out[0] = most[0];
-    out[1] = least[0];
+INLINE Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
 }
+
+INLINE Vector lesser(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// hpcsync_int4_extreme over the registers that are put in.
+struct Extreme {
+#if defined(__AVX512F__)
+    // The instruction for it: larger magnitude, the sign with it, plus where magnitudes are equal.
+    Vector most;
+    INLINE explicit Extreme(Vector first) : most(first) {}
+    INLINE void put(const Extreme &other) {
+        most = (Vector)_mm512_maskz_range_ps(0xFFFF, (__m512)most, (__m512)other.most, 0x7);
+    }
+#else
+    Vector most, least;
+    INLINE explicit Extreme(Vector first) : most(first), least(first) {}
+    INLINE void put(const Extreme &other) {
+        most = larger(most, other.most);
+        least = lesser(least, other.least);
+    }
+#endif
+    template <int STEP>
+    INLINE void fold() {
+        Extreme other = *this;
+        other.most = partner<STEP>(most);
+#if !defined(__AVX512F__)
+        other.least = partner<STEP>(least);
+#endif
+        put(other);
+    }
+    INLINE float found() {
+        if constexpr (LANES > 8) fold<8>();
+        if constexpr (LANES > 4) fold<4>();
+        fold<2>();
+        fold<1>();
+#if defined(__AVX512F__)
+        return most[0];
+#else
+        return hpcsync_int4_extreme(most[0], least[0]);
+#endif
+    }
+};
 
 INLINE Words random_words(hpcsync_key key, uint32_t first) {
     Words x;
@@ -35,16 +88,16 @@ INLINE Words random_words(hpcsync_key key, uint32_t first) {
     return x;
 }
 
-// hpcsync_int4_dither for the four rows of quarter `quarter` of the block, from coefficient `first`.
-INLINE void dithers(hpcsync_key key, uint32_t first, uint32_t quarter, Vector *out) {
-    UNROLL for (size_t p = 0; p < PARTS; ++p) {
-        const Words w = random_words(key, (first >> 2) + 16 * quarter + LANES * p);
-        const Words mask = Words{} + 0xFFFFu, base = Words{} + 0x43000000u;
-        out[0 * PARTS + p] = (Vector)((w & mask) | base);
-        out[1 * PARTS + p] = (Vector)(((w >> 5) & mask) | base);
-        out[2 * PARTS + p] = (Vector)(((w >> 11) & mask) | base);
-        out[3 * PARTS + p] = (Vector)((w >> 16) | base);
-    }
+// hpcsync_int4_dither of a block's row 0, from the block's first coefficient on.
+INLINE void first_dithers(hpcsync_key key, uint32_t first, Words *out) {
+    UNROLL for (size_t p = 0; p < PARTS; ++p)
+        out[p] = (random_words(key, (first >> 4) + LANES * p) & 0xFFFFu) | 0x43000000u;
+}
+
+// That of the next row: the lower 16 bits alone are added.
+INLINE Words next_dither(Words dither) {
+    const Words more = Words{} + 0x9E37u;
+    return (Words)((Shorts)dither + (Shorts)more);
 }
 
 // a * b + c where a * b is exact.
@@ -56,10 +109,10 @@ INLINE Vector exact_product_plus(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Where a sum of a small number and this has that number, rounded, in its lower bits.
-constexpr float MAGIC = 12582912.0f + HPCSYNC_INT4_ZERO;
+// A sum of a small number and this is rounded to a whole one.
+constexpr float MAGIC = 12582912.0f;
 
-// Coefficients to whole numbers plus MAGIC.
+// Coefficients to whole numbers.
 template <bool STOCHASTIC>
 INLINE Vector quantised(Vector h, Vector inverse, hpcsync_key key, uint32_t first) {
     Vector y = h * inverse;
@@ -67,40 +120,9 @@ INLINE Vector quantised(Vector h, Vector inverse, hpcsync_key key, uint32_t firs
         const Ints units = (Ints)(random_words(key, first) >> 8);
         y = y + as_floats(units) * 5.9604644775390625e-8f;
         const Vector near = (y + MAGIC) - MAGIC;
-        y = near > y ? near - 1.0f : near;
+        return lesser(near > y ? near - 1.0f : near, splat(7.0f));
     }
-    return lesser(y + MAGIC, splat(MAGIC + 7.0f));
-}
-
-// LoCo's average of what was lost (overwritten) with what the store holds, and the largest of it.
-INLINE float average(float *lost, const int8_t *error, float unit, float keep) {
-    Vector most = {};
-    for (size_t i = 0; i < REGISTERS; ++i) {
-        const Vector old = load_chars(error + i * LANES) * unit;
-        const Vector made = keep * old + (1.0f - keep) * load(lost + i * LANES);
-        store(lost + i * LANES, made);
-        most = larger(most, (Vector)((Words)made & 0x7FFFFFFFu));
-    }
-    float found[2];
-    extremes(most, most, found);
-    return found[0];
-}
-
-// Errors of a block (register i from `lost`) into the store.
-INLINE void keep_errors(const float *lost, float bound, hpcsync_key key, uint32_t first,
-                        int8_t *error, uint8_t *exponent) {
-    const uint32_t made = hpcsync_int4_exponent(bound);
-    const Vector per_unit = splat(hpcsync_int4_per_unit(made));
-    *exponent = (uint8_t)made;
-    for (uint32_t quarter = 0; quarter < 4; ++quarter) {
-        Vector dither[4 * PARTS];
-        Ints kept[4 * PARTS];
-        dithers(key, first, quarter, dither);
-        UNROLL for (size_t i = 0; i < 4 * PARTS; ++i)
-            kept[i] = truncated(exact_product_plus(load(lost + 64 * quarter + i * LANES), per_unit, dither[i]));
-        UNROLL for (size_t i = 0; i < 4 * PARTS; i += 4)
-            store_chars(error + 64 * quarter + i * LANES, kept + i);
-    }
+    return lesser((y + MAGIC) - MAGIC, splat(7.0f));
 }
 
 struct Job {
@@ -110,46 +132,142 @@ struct Job {
     hpcsync_key key, store_key;
 };
 
-// Codes block b from x; its scale and payload to `scale` and `out`.
-template <bool STOCHASTIC, bool FEEDBACK>
-INLINE void encode_block(const float *x, const Job &job, size_t b, uint8_t *scale, uint8_t *out) {
-    const uint32_t first = (uint32_t)(b * BLOCK);
-    int8_t *error = job.error + (FEEDBACK ? b * BLOCK : 0);
-    uint8_t *exponent = job.exponents + (FEEDBACK ? b : 0);
-    Vector h[REGISTERS];
-    butterfly(x, 0.00390625f, h);
-    const float unit = FEEDBACK ? hpcsync_int4_unit(*exponent) : 0.0f;
-    Vector most = splat(0.0f), least = splat(0.0f);
-    UNROLL for (size_t i = 0; i < REGISTERS; ++i) {
-        if constexpr (FEEDBACK)
-            h[i] = exact_product_plus(load_chars(error + i * LANES), splat(unit), h[i]);
-        most = i ? larger(most, h[i]) : h[i];
-        least = i ? lesser(least, h[i]) : h[i];
-    }
-    float found[2];
-    extremes(most, least, found);
-    const hpcsync_scale made = hpcsync_int4_scale(found[0], found[1], STOCHASTIC);
-    std::memcpy(scale, &made.scale, 4);
-    if (!hpcsync_finite(made.scale)) {
-        std::memset(out, HPCSYNC_INT4_ZERO * 17, BLOCK / 2);
-        return;
-    }
-    const Vector inverse = splat(made.inverse), step = splat(-made.scale);
-    float lost[FEEDBACK ? BLOCK : LANES] __attribute__((aligned(64)));
-    UNROLL for (size_t half = 0; half < 2; ++half)
-        UNROLL for (size_t p = 0; p < PARTS; ++p) {
-            Ints words = {};
-            UNROLL for (size_t t = 0; t < 8; ++t) {
-                const size_t i = (8 * half + t) * PARTS + p;
-                const Vector q = quantised<STOCHASTIC>(h[i], inverse, job.key, first + i * LANES);
-                words |= ((Ints)q & 15) << (4 * t);
-                if constexpr (FEEDBACK) store(lost + i * LANES, exact_product_plus(q - MAGIC, step, h[i]));
-            }
-            store_words(out + 64 * half + VECTOR_BYTES * p, words);
-        }
+// x, the values of block b, to coefficients h; returns their extreme.
+template <bool FEEDBACK>
+INLINE float rotate_block(const float *x, const Job &job, size_t b, float *h) {
+    Vector v[REGISTERS];
+    butterfly(x, 0.00390625f, v);
     if constexpr (FEEDBACK) {
-        const float bound = job.keep == 0.0f ? made.scale : average(lost, error, unit, job.keep);
-        keep_errors(lost, bound, job.store_key, first, error, exponent);
+        const Vector unit = splat(hpcsync_int4_unit(job.exponents[b]));
+        const int8_t *error = job.error + b * BLOCK;
+        UNROLL for (size_t i = 0; i < REGISTERS; ++i)
+            v[i] = exact_product_plus(load_chars(error + i * LANES), unit, v[i]);
+    }
+    UNROLL for (size_t i = 0; i < REGISTERS; ++i) store(h + i * LANES, v[i]);
+    Extreme found[4] = {Extreme(v[0]), Extreme(v[1]), Extreme(v[2]), Extreme(v[3])};
+    UNROLL for (size_t i = 4; i < REGISTERS; ++i) found[i % 4].put(Extreme(v[i]));
+    found[0].put(found[1]);
+    found[2].put(found[3]);
+    found[0].put(found[2]);
+    return found[0].found();
+}
+
+// Errors of a block, row by row, on their way into the store: whole numbers 0..255.
+struct Keeper {
+    Vector per_unit;
+    Words dither[PARTS];
+
+    INLINE Keeper() {}
+    INLINE Keeper(float bound, const Job &job, size_t b) {
+        const uint32_t exponent = hpcsync_int4_exponent(bound);
+        job.exponents[b] = (uint8_t)exponent;
+        per_unit = splat(hpcsync_int4_per_unit(exponent));
+        first_dithers(job.store_key, (uint32_t)(b * BLOCK), dither);
+    }
+    INLINE Ints next(Vector lost, size_t part) {
+        const Words here = dither[part];
+        dither[part] = next_dither(here);
+        return truncated(exact_product_plus(lost, per_unit, (Vector)here));
+    }
+};
+
+INLINE void keep_rows(int8_t *error, const Ints *kept) {
+    UNROLL for (size_t i = 0; i < 4 * PARTS; i += 4) store_chars(error + i * LANES, kept + i);
+}
+
+enum class Lost { DROPPED, KEPT, WRITTEN };
+
+// Coefficients h of block b to its bytes. What is lost goes to the store, or where WRITTEN to h.
+template <bool STOCHASTIC, Lost LOST>
+INLINE void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t b, uint8_t *out) {
+    const Vector inverse = splat(made.inverse), step = splat(-made.scale);
+    const uint32_t first = (uint32_t)(b * BLOCK);
+    Keeper keeper = LOST == Lost::KEPT ? Keeper(made.scale, job, b) : Keeper();
+    UNROLL for (size_t half = 0; half < 2; ++half) {
+        // Four nibbles' numbers in a float, all exact: below 2^16.
+        Vector sums[2][PARTS] = {};
+        UNROLL for (size_t four = 0; four < 2; ++four) {
+            Ints kept[4 * PARTS];
+            UNROLL for (size_t i = 0; i < 4 * PARTS; ++i) {
+                const size_t at = (8 * half + 4 * four) * 16 + i * LANES, t = i / PARTS;
+                const Vector v = load(h + at);
+                const Vector q = quantised<STOCHASTIC>(v, inverse, job.key, first + (uint32_t)at);
+                const Vector weight = splat((float)(1u << (4 * t)));
+                Vector &sum = sums[four][i % PARTS];
+                sum = t ? exact_product_plus(q, weight, sum) : q;
+                if constexpr (LOST == Lost::DROPPED) continue;
+                const Vector lost = exact_product_plus(q, step, v);
+                if constexpr (LOST == Lost::KEPT) kept[i] = keeper.next(lost, i % PARTS);
+                else store(h + at, lost);
+            }
+            if constexpr (LOST == Lost::KEPT)
+                keep_rows(job.error + first + 64 * (2 * half + four), kept);
+        }
+        UNROLL for (size_t p = 0; p < PARTS; ++p) {
+            // 8 is added to each nibble.
+            const Ints low = truncated(sums[0][p]), high = truncated(sums[1][p]) << 16;
+            store_words(out + 64 * half + VECTOR_BYTES * p, low + high + (int32_t)0x88888888);
+        }
+    }
+}
+
+// LoCo's average of what was lost (overwritten) with what the store holds, and the largest of it.
+INLINE float average(float *lost, const Job &job, size_t b) {
+    const Vector unit = splat(hpcsync_int4_unit(job.exponents[b]));
+    Extreme most(splat(0.0f));
+    for (size_t i = 0; i < REGISTERS; ++i) {
+        const Vector old = load_chars(job.error + b * BLOCK + i * LANES) * unit;
+        const Vector made = job.keep * old + (1.0f - job.keep) * load(lost + i * LANES);
+        store(lost + i * LANES, made);
+        most.put(Extreme(made));
+    }
+    return most.found();
+}
+
+// What block b lost, averaged with what its store holds, to the store.
+INLINE void keep_average(float *lost, const Job &job, size_t b) {
+    const float bound = average(lost, job, b);
+    Keeper keeper(bound, job, b);
+    for (size_t four = 0; four < 4; ++four) {
+        Ints kept[4 * PARTS];
+        UNROLL for (size_t i = 0; i < 4 * PARTS; ++i)
+            kept[i] = keeper.next(load(lost + 64 * four + i * LANES), i % PARTS);
+        keep_rows(job.error + b * BLOCK + 64 * four, kept);
+    }
+}
+
+// Codes `count` whole blocks, block b from the 256 values that source(b) points to, into the piece
+// whose scales and payload begin there; done(b) is called when block b is. The source of a block is
+// asked for before the block before it is done: a scale is made while that one is quantised.
+template <bool STOCHASTIC, bool FEEDBACK, typename Source, typename Done>
+INLINE void encode_blocks(const Job &job, size_t count, uint8_t *scales, uint8_t *payload,
+                          Source source, Done done) {
+    float h[2][BLOCK] __attribute__((aligned(64)));
+    hpcsync_scale made[2];
+    for (size_t next = 0; next <= count; ++next) {
+        if (next < count) {
+            const float extreme = rotate_block<FEEDBACK>(source(next), job, next, h[next % 2]);
+            made[next % 2] = hpcsync_int4_scale(extreme, STOCHASTIC);
+        }
+        if (next == 0) continue;
+        const size_t b = next - 1;
+        const hpcsync_scale scale = made[b % 2];
+        float *lost = h[b % 2];
+        uint8_t *out = payload + b * (BLOCK / 2);
+        std::memcpy(scales + 4 * b, &scale.scale, 4);
+        if (hpcsync_finite(scale.scale)) {
+            if constexpr (!FEEDBACK) {
+                quantise_block<STOCHASTIC, Lost::DROPPED>(lost, scale, job, b, out);
+            } else if (job.keep == 0.0f) {
+                quantise_block<STOCHASTIC, Lost::KEPT>(lost, scale, job, b, out);
+            } else {
+                quantise_block<STOCHASTIC, Lost::WRITTEN>(lost, scale, job, b, out);
+                keep_average(lost, job, b);
+            }
+        } else {
+            std::memset(out, HPCSYNC_INT4_ZERO * 17, BLOCK / 2);
+        }
+        done(b);
     }
 }
 
@@ -159,27 +277,32 @@ INLINE float load_scale(const uint8_t *from) {
     return value;
 }
 
-template <bool ADD>
+enum class Out { SET, ADDED, STREAMED };
+
+template <Out OUT>
 INLINE void decode_block(const uint8_t *packed, float scale, float *out) {
     Ints v[REGISTERS];
     integer_butterfly(packed, v);
     UNROLL for (size_t i = 0; i < REGISTERS; ++i) {
         const Vector value = as_floats(v[i]) * scale;
-        store(out + i * LANES, ADD ? load(out + i * LANES) + value : value);
+        float *to = out + i * LANES;
+        if constexpr (OUT == Out::STREAMED) stream(to, value);
+        else store(to, OUT == Out::ADDED ? load(to) + value : value);
     }
 }
 
 size_t blocks_of(size_t n) { return (n + BLOCK - 1) / BLOCK; }
 
-template <bool ADD>
+template <Out OUT>
 void decode_piece(const uint8_t *in, size_t n, float *out) {
     const size_t whole = n / BLOCK;
     const uint8_t *packed = in + 4 * blocks_of(n);
     for (size_t b = 0; b < whole; ++b)
-        decode_block<ADD>(packed + b * (BLOCK / 2), load_scale(in + 4 * b), out + b * BLOCK);
+        decode_block<OUT>(packed + b * (BLOCK / 2), load_scale(in + 4 * b), out + b * BLOCK);
+    if (OUT == Out::STREAMED) stream_end();
     if (n % BLOCK)
         hpcsync_int4_decode_end(packed + whole * (BLOCK / 2), load_scale(in + 4 * whole),
-                                (uint32_t)(n % BLOCK), ADD, out + whole * BLOCK);
+                                (uint32_t)(n % BLOCK), OUT == Out::ADDED, out + whole * BLOCK);
 }
 
 void encode_end(const float *x, const Job &job, size_t n, bool stochastic, uint8_t *out) {
@@ -194,9 +317,16 @@ void encode_end(const float *x, const Job &job, size_t n, bool stochastic, uint8
 template <bool STOCHASTIC, bool FEEDBACK>
 void encode_piece(const float *x, const Job &job, size_t n, uint8_t *out) {
     const size_t whole = n / BLOCK;
-    uint8_t *packed = out + 4 * blocks_of(n);
-    for (size_t b = 0; b < whole; ++b)
-        encode_block<STOCHASTIC, FEEDBACK>(x + b * BLOCK, job, b, out + 4 * b, packed + b * (BLOCK / 2));
+    uint8_t *payload = out + 4 * blocks_of(n);
+    const auto source = [&](size_t b) {
+        UNROLL for (size_t i = 0; i < BLOCK; i += 16)
+            __builtin_prefetch(x + (b + AHEAD) * BLOCK + i, 0);
+        if constexpr (FEEDBACK)
+            UNROLL for (size_t i = 0; i < BLOCK; i += 64)
+                __builtin_prefetch(job.error + (b + AHEAD) * BLOCK + i, 1);
+        return x + b * BLOCK;
+    };
+    encode_blocks<STOCHASTIC, FEEDBACK>(job, whole, out, payload, source, [](size_t) {});
     if (n % BLOCK) encode_end(x + whole * BLOCK, job, n, STOCHASTIC, out);
 }
 
@@ -213,8 +343,8 @@ INLINE void sum_block(const float *own, size_t place, const uint8_t *const *othe
         const uint8_t *packed = in + 4 * blocks_of(piece) + b * (BLOCK / 2);
         const float scale = load_scale(in + 4 * b);
         if (n < BLOCK) hpcsync_int4_decode_end(packed, scale, (uint32_t)n, rank != 0, total);
-        else if (rank) decode_block<true>(packed, scale, total);
-        else decode_block<false>(packed, scale, total);
+        else if (rank) decode_block<Out::ADDED>(packed, scale, total);
+        else decode_block<Out::SET>(packed, scale, total);
     }
     if (hpcsync_is_power_of_two(divisor)) {
         const float inverse = 1.0f / divisor;
@@ -228,19 +358,22 @@ template <bool STOCHASTIC, bool FEEDBACK>
 void combine_piece(float *own, size_t place, const uint8_t *const *others, size_t n_others,
                    size_t n, float divisor, const Job &job, uint8_t *out) {
     const size_t whole = n / BLOCK;
-    uint8_t *packed = out + 4 * blocks_of(n);
+    uint8_t *payload = out + 4 * blocks_of(n);
     float total[BLOCK] __attribute__((aligned(64)));
-    for (size_t b = 0; b < whole; ++b) {
+    const auto source = [&](size_t b) {
         sum_block(own + b * BLOCK, place, others, n_others, n, b, BLOCK, divisor, total);
-        uint8_t *coded = packed + b * (BLOCK / 2);
-        encode_block<STOCHASTIC, FEEDBACK>(total, job, b, out + 4 * b, coded);
-        decode_block<false>(coded, load_scale(out + 4 * b), own + b * BLOCK);
-    }
+        return total;
+    };
+    const auto done = [&](size_t b) {
+        decode_block<Out::SET>(payload + b * (BLOCK / 2), load_scale(out + 4 * b), own + b * BLOCK);
+    };
+    encode_blocks<STOCHASTIC, FEEDBACK>(job, whole, out, payload, source, done);
     if (n % BLOCK) {
-        sum_block(own + whole * BLOCK, place, others, n_others, n, whole, n % BLOCK, divisor, total);
+        float *to = own + whole * BLOCK;
+        sum_block(to, place, others, n_others, n, whole, n % BLOCK, divisor, total);
         encode_end(total, job, n, STOCHASTIC, out);
-        hpcsync_int4_decode_end(packed + whole * (BLOCK / 2), load_scale(out + 4 * whole),
-                                (uint32_t)(n % BLOCK), false, own + whole * BLOCK);
+        hpcsync_int4_decode_end(payload + whole * (BLOCK / 2), load_scale(out + 4 * whole),
+                                (uint32_t)(n % BLOCK), false, to);
     }
 }
 
@@ -306,9 +439,14 @@ void int4_encode(const float *x, int8_t *error, uint8_t *exponents, float keep, 
         (error ? encode_piece<false, true> : encode_piece<false, false>)(x, job, n, out);
 }
 
-void int4_decode(const uint8_t *in, size_t n, float *out) { decode_piece<false>(in, n, out); }
+void int4_decode(const uint8_t *in, size_t n, float *out) {
+    const bool aligned = (uintptr_t)out % VECTOR_BYTES == 0;
+    (aligned && n >= STREAMED ? decode_piece<Out::STREAMED> : decode_piece<Out::SET>)(in, n, out);
+}
 
-void int4_decode_add(const uint8_t *in, size_t n, float *out) { decode_piece<true>(in, n, out); }
+void int4_decode_add(const uint8_t *in, size_t n, float *out) {
+    decode_piece<Out::ADDED>(in, n, out);
+}
 
 void int4_combine(float *own, size_t place, const uint8_t *const *others, size_t n_others, size_t n,
                   float divisor, int8_t *error, uint8_t *exponents, float keep, int stochastic,

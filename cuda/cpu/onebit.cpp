@@ -15,6 +15,9 @@ typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 constexpr size_t BLOCK = HPCSYNC_ONEBIT_BLOCK;
 constexpr size_t PARTS = 16 / LANES;  // registers of 16 values
 
+// Values from which decoding to aligned memory goes past the caches: 4 MiB.
+constexpr size_t STREAMED = size_t(1) << 20;
+
 INLINE Vector magnitude(Vector v) { return (Vector)((Words)v & 0x7FFFFFFFu); }
 
 // The sum of |h| * factor over a block in the order of 16 lanes.
@@ -98,7 +101,9 @@ INLINE float load_scale(const uint8_t *from) {
     return value;
 }
 
-template <bool ADD>
+enum class Out { SET, ADDED, STREAMED };
+
+template <Out OUT>
 INLINE void decode_block(const uint8_t *packed, float scale, float *out) {
     const Vector plus = Vector{} + scale;
     for (size_t i = 0; i < BLOCK; i += 16) {
@@ -107,7 +112,8 @@ INLINE void decode_block(const uint8_t *packed, float scale, float *out) {
         UNROLL for (size_t p = 0; p < PARTS; ++p) {
             float *to = out + i + p * LANES;
             const Vector value = values(bits, p, plus);
-            store(to, ADD ? load(to) + value : value);
+            if constexpr (OUT == Out::STREAMED) stream(to, value);
+            else store(to, OUT == Out::ADDED ? load(to) + value : value);
         }
     }
 }
@@ -134,15 +140,16 @@ float encode_end(const float *x, float *error, size_t n, uint8_t *out) {
     return scale;
 }
 
-template <bool ADD>
+template <Out OUT>
 void decode_piece(const uint8_t *in, size_t n, float *out) {
     const size_t whole = n / BLOCK;
     const uint8_t *packed = in + 4 * blocks_of(n);
     for (size_t b = 0; b < whole; ++b)
-        decode_block<ADD>(packed + b * (BLOCK / 8), load_scale(in + 4 * b), out + b * BLOCK);
+        decode_block<OUT>(packed + b * (BLOCK / 8), load_scale(in + 4 * b), out + b * BLOCK);
+    if (OUT == Out::STREAMED) stream_end();
     if (n % BLOCK)
-        decode_end(packed + whole * (BLOCK / 8), load_scale(in + 4 * whole), n % BLOCK, ADD,
-                   out + whole * BLOCK);
+        decode_end(packed + whole * (BLOCK / 8), load_scale(in + 4 * whole), n % BLOCK,
+                   OUT == Out::ADDED, out + whole * BLOCK);
 }
 
 // Codes the `n` values of block b, at x, of a piece whose payload begins at `packed`.
@@ -177,8 +184,8 @@ INLINE void sum_block(const float *own, size_t place, const uint8_t *const *othe
         const uint8_t *packed = in + 4 * blocks_of(piece) + b * (BLOCK / 8);
         const float scale = load_scale(in + 4 * b);
         if (n < BLOCK) decode_end(packed, scale, n, rank != 0, total);
-        else if (rank) decode_block<true>(packed, scale, total);
-        else decode_block<false>(packed, scale, total);
+        else if (rank) decode_block<Out::ADDED>(packed, scale, total);
+        else decode_block<Out::SET>(packed, scale, total);
     }
     if (hpcsync_is_power_of_two(divisor)) {
         const float inverse = 1.0f / divisor;
@@ -199,7 +206,7 @@ void combine_piece(float *own, size_t place, const uint8_t *const *others, size_
         sum_block(to, place, others, n_others, n, b, count, divisor, total);
         encode_at<FEEDBACK>(total, error, b, count, out, packed);
         const float scale = load_scale(out + 4 * b);
-        if (count == BLOCK) decode_block<false>(packed + b * (BLOCK / 8), scale, to);
+        if (count == BLOCK) decode_block<Out::SET>(packed + b * (BLOCK / 8), scale, to);
         else decode_end(packed + b * (BLOCK / 8), scale, count, false, to);
     }
 }
@@ -212,9 +219,14 @@ void onebit_encode(const float *x, float *error, size_t n, uint8_t *out) {
     (error ? encode_piece<true> : encode_piece<false>)(x, error, n, out);
 }
 
-void onebit_decode(const uint8_t *in, size_t n, float *out) { decode_piece<false>(in, n, out); }
+void onebit_decode(const uint8_t *in, size_t n, float *out) {
+    const bool aligned = (uintptr_t)out % VECTOR_BYTES == 0;
+    (aligned && n >= STREAMED ? decode_piece<Out::STREAMED> : decode_piece<Out::SET>)(in, n, out);
+}
 
-void onebit_decode_add(const uint8_t *in, size_t n, float *out) { decode_piece<true>(in, n, out); }
+void onebit_decode_add(const uint8_t *in, size_t n, float *out) {
+    decode_piece<Out::ADDED>(in, n, out);
+}
 
 void onebit_combine(float *own, size_t place, const uint8_t *const *others, size_t n_others,
                     size_t n, float divisor, float *error, uint8_t *out) {

@@ -27,7 +27,8 @@ INLINE Vector partner(Vector v) {
 #if defined(__AVX512F__)
     if (STEP == 1) return (Vector)_mm512_maskz_permute_ps(0xFFFF, (__m512)v, 0xB1);
     if (STEP == 2) return (Vector)_mm512_maskz_permute_ps(0xFFFF, (__m512)v, 0x4E);
-    return (Vector)_mm512_maskz_shuffle_f32x4(0xFFFF, (__m512)v, (__m512)v, STEP == 4 ? 0xB1 : 0x4E);
+    if (STEP == 4) return (Vector)_mm512_maskz_shuffle_f32x4(0xFFFF, (__m512)v, (__m512)v, 0xB1);
+    return (Vector)_mm512_maskz_shuffle_f32x4(0xFFFF, (__m512)v, (__m512)v, 0x4E);
 #elif defined(__AVX2__)
     if (STEP == 1) return (Vector)_mm256_permute_ps((__m256)v, 0xB1);
     if (STEP == 2) return (Vector)_mm256_permute_ps((__m256)v, 0x4E);
@@ -165,7 +166,8 @@ INLINE void integer_butterfly(const uint8_t *packed, Ints *v) {
     Chars bytes[2][2][PARTS];  // [bit 7][bit 4][part]
     UNROLL for (size_t half = 0; half < 2; ++half)
         UNROLL for (size_t p = 0; p < PARTS; ++p) {
-            const Ints words = load_words(packed + 64 * half + VECTOR_BYTES * p), mask = Ints{} + 0x0F0F0F0F;
+            const Ints words = load_words(packed + 64 * half + VECTOR_BYTES * p);
+            const Ints mask = Ints{} + 0x0F0F0F0F;
             const Chars low = (Chars)(words & mask), high = (Chars)((words >> 4) & mask);
             bytes[half][0][p] = low + high;
             bytes[half][1][p] = low - high;

@@ -36,7 +36,6 @@ ZERO = 8  # nibbles hold q + 8
 PARTS = (256, 64, 16, 4, 1)  # sizes of the rotations of a piece, in this order
 STORE_SEED = 0x5851F42D4C957F2D
 SCALE_MASK = np.uint32(0xFFFFF000)  # 12 significant bits: q * scale is exact
-SHIFTS = np.array([0, 5, 11, 16], np.uint32)
 
 Array = NDArray[Any]
 
@@ -107,7 +106,7 @@ def block_scales(h: Floats, stochastic: bool) -> tuple[Floats, Floats]:
     """Scale and inverse of each block of coefficients: ``hpcsync_int4_scale``."""
     rows = _rows(h)
     most, least = rows.max(axis=1), rows.min(axis=1)
-    negative = -least >= most
+    negative = -least > most
     largest = np.abs(np.where(negative, least, most))  # no -0
     if stochastic:
         highest = np.float32(FLOAT_MAX / np.float32(7)).view(np.uint32) & SCALE_MASK
@@ -207,8 +206,7 @@ def _per_unit(exponents: NDArray[np.uint8]) -> Floats:
 def _dither(seed: int, count: int) -> Floats:
     """128 + u for each coefficient, u in [0, 1): ``hpcsync_int4_dither``."""
     c = np.arange(count, dtype=np.uint32)
-    words = random_at(seed ^ STORE_SEED, (c >> 8 << 6) | ((c >> 6 & 3) << 4) | (c & 15))
-    words >>= SHIFTS[c >> 4 & 3]
+    words = random_at(seed ^ STORE_SEED, (c >> 8 << 4) | (c & 15)) + (c >> 4 & 15) * 0x9E37
     dithers: Floats = ((words & np.uint32(0xFFFF)) | np.uint32(0x43000000)).view(np.float32)
     return dithers
 
