@@ -9,7 +9,7 @@ constexpr size_t BLOCK = HPCSYNC_INT4_BLOCK;
 
 // Blocks that are asked for before they are needed: processors' own prefetching stops while a block
 // is worked on.
-constexpr size_t AHEAD = 4;
+constexpr size_t AHEAD = 6;
 
 // Values from which decoding to aligned memory goes past the caches: 4 MiB.
 constexpr size_t STREAMED = size_t(1) << 20;
@@ -178,8 +178,11 @@ INLINE void keep_rows(int8_t *error, const Ints *kept) {
 enum class Lost { DROPPED, KEPT, WRITTEN };
 
 // Coefficients h of block b to its bytes. What is lost goes to the store, or where WRITTEN to h.
+// `soon` is 256 values that will be needed: asked for one line after the other, as all at once
+// would stop the stores.
 template <bool STOCHASTIC, Lost LOST>
-INLINE void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t b, uint8_t *out) {
+INLINE void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t b,
+                           const float *soon, uint8_t *out) {
     const Vector inverse = splat(made.inverse), step = splat(-made.scale);
     const uint32_t first = (uint32_t)(b * BLOCK);
     Keeper keeper = LOST == Lost::KEPT ? Keeper(made.scale, job, b) : Keeper();
@@ -190,6 +193,7 @@ INLINE void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t 
             Ints kept[4 * PARTS];
             UNROLL for (size_t i = 0; i < 4 * PARTS; ++i) {
                 const size_t at = (8 * half + 4 * four) * 16 + i * LANES, t = i / PARTS;
+                if (i % PARTS == 0) __builtin_prefetch(soon + at);
                 const Vector v = load(h + at);
                 const Vector q = quantised<STOCHASTIC>(v, inverse, job.key, first + (uint32_t)at);
                 const Vector weight = splat((float)(1u << (4 * t)));
@@ -200,8 +204,11 @@ INLINE void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t 
                 if constexpr (LOST == Lost::KEPT) kept[i] = keeper.next(lost, i % PARTS);
                 else store(h + at, lost);
             }
-            if constexpr (LOST == Lost::KEPT)
-                keep_rows(job.error + first + 64 * (2 * half + four), kept);
+            if constexpr (LOST == Lost::KEPT) {
+                int8_t *error = job.error + first + 64 * (2 * half + four);
+                __builtin_prefetch(error + AHEAD * BLOCK, 1);
+                keep_rows(error, kept);
+            }
         }
         UNROLL for (size_t p = 0; p < PARTS; ++p) {
             // 8 is added to each nibble.
@@ -240,8 +247,8 @@ INLINE void keep_average(float *lost, const Job &job, size_t b) {
 // whose scales and payload begin there; done(b) is called when block b is. The source of a block is
 // asked for before the block before it is done: a scale is made while that one is quantised.
 template <bool STOCHASTIC, bool FEEDBACK, typename Source, typename Done>
-INLINE void encode_blocks(const Job &job, size_t count, uint8_t *scales, uint8_t *payload,
-                          Source source, Done done) {
+INLINE void encode_blocks(const float *x, const Job &job, size_t count, uint8_t *scales,
+                          uint8_t *payload, Source source, Done done) {
     float h[2][BLOCK] __attribute__((aligned(64)));
     hpcsync_scale made[2];
     for (size_t next = 0; next <= count; ++next) {
@@ -253,15 +260,16 @@ INLINE void encode_blocks(const Job &job, size_t count, uint8_t *scales, uint8_t
         const size_t b = next - 1;
         const hpcsync_scale scale = made[b % 2];
         float *lost = h[b % 2];
+        const float *soon = x + (b + AHEAD) * BLOCK;
         uint8_t *out = payload + b * (BLOCK / 2);
         std::memcpy(scales + 4 * b, &scale.scale, 4);
         if (hpcsync_finite(scale.scale)) {
             if constexpr (!FEEDBACK) {
-                quantise_block<STOCHASTIC, Lost::DROPPED>(lost, scale, job, b, out);
+                quantise_block<STOCHASTIC, Lost::DROPPED>(lost, scale, job, b, soon, out);
             } else if (job.keep == 0.0f) {
-                quantise_block<STOCHASTIC, Lost::KEPT>(lost, scale, job, b, out);
+                quantise_block<STOCHASTIC, Lost::KEPT>(lost, scale, job, b, soon, out);
             } else {
-                quantise_block<STOCHASTIC, Lost::WRITTEN>(lost, scale, job, b, out);
+                quantise_block<STOCHASTIC, Lost::WRITTEN>(lost, scale, job, b, soon, out);
                 keep_average(lost, job, b);
             }
         } else {
@@ -318,15 +326,8 @@ template <bool STOCHASTIC, bool FEEDBACK>
 void encode_piece(const float *x, const Job &job, size_t n, uint8_t *out) {
     const size_t whole = n / BLOCK;
     uint8_t *payload = out + 4 * blocks_of(n);
-    const auto source = [&](size_t b) {
-        UNROLL for (size_t i = 0; i < BLOCK; i += 16)
-            __builtin_prefetch(x + (b + AHEAD) * BLOCK + i, 0);
-        if constexpr (FEEDBACK)
-            UNROLL for (size_t i = 0; i < BLOCK; i += 64)
-                __builtin_prefetch(job.error + (b + AHEAD) * BLOCK + i, 1);
-        return x + b * BLOCK;
-    };
-    encode_blocks<STOCHASTIC, FEEDBACK>(job, whole, out, payload, source, [](size_t) {});
+    const auto source = [x](size_t b) { return x + b * BLOCK; };
+    encode_blocks<STOCHASTIC, FEEDBACK>(x, job, whole, out, payload, source, [](size_t) {});
     if (n % BLOCK) encode_end(x + whole * BLOCK, job, n, STOCHASTIC, out);
 }
 
@@ -367,7 +368,7 @@ void combine_piece(float *own, size_t place, const uint8_t *const *others, size_
     const auto done = [&](size_t b) {
         decode_block<Out::SET>(payload + b * (BLOCK / 2), load_scale(out + 4 * b), own + b * BLOCK);
     };
-    encode_blocks<STOCHASTIC, FEEDBACK>(job, whole, out, payload, source, done);
+    encode_blocks<STOCHASTIC, FEEDBACK>(own, job, whole, out, payload, source, done);
     if (n % BLOCK) {
         float *to = own + whole * BLOCK;
         sum_block(to, place, others, n_others, n, whole, n % BLOCK, divisor, total);
