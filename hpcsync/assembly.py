@@ -16,6 +16,7 @@ from torch import nn
 from . import banner, data, launch, models
 from .config import CompressConfig, Config
 from .data import Sampler, Source
+from .device import kernels
 from .engine import Engine, ExhaustedError, compile_model, make_optimizer, memory_errors
 from .errors import DataError, UserError
 from .launch import Runtime
@@ -151,12 +152,13 @@ def _check_same(runtime: Runtime, source: Source) -> None:
 def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, str]]:
     """The rows of the banner."""
     threads = banner.count(torch.get_num_threads(), "thread")
+    native = kernels.load()
     machine = banner.Machine(
         mpi=launch.mpi_library(),
         threads=launch.thread_level(),
         devices=(
             f"{parts.engine.device.type} (this version computes on CPUs only), {threads} a rank, "
-            f"torch {torch.__version__}"
+            f"torch {torch.__version__}, {native.isa if native else 'no'} kernels"
         ),
         transports=parts.parallel.collectives.describe_transports(),
         buckets=parts.parallel.reducer.buckets_description(),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import CommConfig
-from ..device import DType, dtype_of, get
+from ..device import DType, dtype_of, get, kernels
 from ..errors import UserError
 from ..launch import Runtime
 from ..transports.base import Buffer, Region, private_buffer
@@ -53,6 +53,8 @@ class Collectives:
         self.config = config
         self.topology = runtime.topology
         self.device = get("cpu")
+        if runtime.rank == 0 and (missing := kernels.missing()):
+            print(f"hpcsync: warning: {missing}", file=sys.stderr, flush=True)
         self.progress = Progress(int(config.credit_mb * _MIB), config.timeout_s, runtime.crowding)
         self._tags = 0
         self._comms: list[Intracomm] = []

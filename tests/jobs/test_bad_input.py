@@ -78,13 +78,14 @@ def start(
     launch: tuple[str, ...] = (),
     flags: tuple[str, ...] = (),
     prefix: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "hpcsync.train"),
     ranks: int = 2,
 ) -> launcher.Job:
     """Start a tiny training.
 
     ``launch`` comes before mpirun, ``flags`` are mpirun's, ``prefix`` comes before each rank.
     """
-    python = [sys.executable, "-m", "hpcsync.train"]
+    python = [sys.executable, *program]
     command = [*launch, *launcher.mpirun(ranks, *flags), *prefix, *python]
     given = {argument.partition("=")[0] for argument in arguments}
     tiny = [f"{key}={value}" for key, value in TINY.items() if key not in given]
