@@ -55,7 +55,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("codec", ["int8", "topk", "powersgd", "int8_shared", "auto"])
+@pytest.mark.parametrize("codec", ["int8", "topk", "auto"])
 def test_gradients_of_nan_on_one_rank_are_skipped_and_counted(
     train: Train, tmp_path: Path, codec: str
 ) -> None:
