@@ -29,11 +29,10 @@ from numpy.typing import NDArray
 
 from ..device.kernels import Kernels, address, f32, pointer, pointers, size_t, u64
 from .base import Bytes, Floats, Moment, PieceCodec, Settings, Store
+from .rotation import BLOCK, rotate, unrotate
 from .rounding import FLOAT_MAX, random_at, units
 
-BLOCK = 256
 ZERO = 8  # nibbles hold q + 8
-PARTS = (256, 64, 16, 4, 1)  # sizes of the rotations of a piece, in this order
 STORE_SEED = 0x5851F42D4C957F2D
 SCALE_MASK = np.uint32(0xFFFFF000)  # 12 significant bits: q * scale is exact
 
@@ -42,49 +41,6 @@ Array = NDArray[Any]
 
 def blocks_of(count: int) -> int:
     return -(-count // BLOCK)
-
-
-# ---- rotation --------------------------------------------------------------------------------
-
-
-def _parts(values: Array) -> list[Array]:
-    """``values`` (1-D) cut for rotation: views of shape (number, size)."""
-    views, start = [], 0
-    for size in PARTS:
-        stop = start + (values.shape[0] - start) // size * size
-        views.append(values[start:stop].reshape(-1, size))
-        start = stop
-    return views
-
-
-def _butterfly(rows: Array) -> None:
-    """Multiply each row by its Hadamard matrix, in place: distance 1 first, then 2, 4 ..."""
-    count, size = rows.shape
-    stride = 1
-    while stride < size:
-        pairs = rows.reshape(count, size // (2 * stride), 2, stride)
-        below = pairs[:, :, 0] - pairs[:, :, 1]
-        pairs[:, :, 0] += pairs[:, :, 1]
-        pairs[:, :, 1] = below
-        stride *= 2
-
-
-def rotate(values: Floats) -> Floats:
-    """Coefficients of any number of float32 values."""
-    coefficients = np.array(values, np.float32)
-    for rows in _parts(coefficients):
-        rows *= np.float32(1 / 16 / rows.shape[1] ** 0.5)
-        _butterfly(rows)
-    return coefficients
-
-
-def unrotate(coefficients: Array) -> NDArray[np.int32]:
-    """Values of whole coefficients (of at most 8 bits), exactly; not yet times their unit."""
-    values = coefficients.astype(np.int32)
-    for rows in _parts(values):
-        _butterfly(rows)
-        rows *= np.int32(16 / rows.shape[1] ** 0.5)
-    return values
 
 
 # ---- scale, quantiser, nibbles ---------------------------------------------------------------

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from hpcsync.codecs import Moment, Settings
 from hpcsync.codecs.base import Floats
-from hpcsync.codecs.int4 import Int4, RotatedStore, pack, rotate, unpack, unrotate
+from hpcsync.codecs.int4 import Int4, RotatedStore, pack, unpack
+from hpcsync.codecs.rotation import rotate, unrotate
 from hpcsync.device import kernels
 from hpcsync.device.kernels import address, pointer, size_t
 
