@@ -69,11 +69,13 @@ class Held:
 
     Attributes:
         role: ``sender`` or ``owner``, see ``codecs.base``.
+        divisor: how many times as large errors would be in the units of the senders' sum.
     """
 
     start: int
     role: str
     store: Store
+    divisor: int = 1
 
     @property
     def stop(self) -> int:

@@ -77,7 +77,7 @@ class Summed(Program):
         """One exchange."""
         rank = self._transport.ranks[self._transport.rank]
         moment = self._coding.moment(self._start, 0, rank)
-        with self._window.opened() as values, np.errstate(all="ignore"):
+        with self._window.opened() as values:
             rounds = self._codec.rounds(
                 values,
                 self._arrays,
@@ -87,13 +87,20 @@ class Summed(Program):
                 self._store,
                 moment,
             )
-            for index in rounds:
+            while (index := _next(rounds)) is not None:
                 if self._arrays[index].shape[0]:
                     yield from self._programs[index].run()
 
     def close(self) -> None:
         for program in self._programs:
             program.close()
+
+
+def _next(rounds: Iterator[int]) -> int | None:
+    """The next round. NaN and Inf are passed on without warnings, here and not around a yield:
+    other coroutines of the thread run there."""
+    with np.errstate(all="ignore"):
+        return next(rounds, None)
 
 
 MOST_ROUNDS = 4

@@ -64,10 +64,11 @@ class Tailed(PieceCodec):
         parts = [self._plain(data) for data in others]
         parts.insert(place, own[split:])
         total = parts[0].copy()
-        for part in parts[1:]:
-            total += part
-        if divisor != 1:
-            divide(total, divisor)
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf are passed on
+            for part in parts[1:]:
+                total += part
+            if divisor != 1:
+                divide(total, divisor)
         own[split:] = total
         out[: self._room] = total.view(np.uint8)
         coded = [data[self._room :] for data in others]

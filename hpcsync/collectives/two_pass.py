@@ -83,11 +83,11 @@ class TwoPass(Program):
             for who in range(size)
             if counts[who]
         }
-        self.held = [
-            Held(start + self._parts[who].start, OWNER if who == rank else SENDER, store)
-            for who, store in self._stores.items()
-            if store is not None
-        ]
+        self.held = []
+        for who, store in self._stores.items():
+            role, units = (OWNER, divisor) if who == rank else (SENDER, 1)
+            if store is not None:
+                self.held.append(Held(start + self._parts[who].start, role, store, units))
         expected = [
             code.expected(count) if count else 0.0
             for code, count in zip(codecs, counts, strict=True)

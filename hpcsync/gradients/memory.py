@@ -7,7 +7,9 @@ by parameter, and dealt out again:
 
     pending = what its senders hold back + what its owners hold back x number of ranks
 
-of which every element has one owner or sender in the new layout on each node.
+of which every element has one owner or sender in the new layout on each node. (Low precision is
+divided in part within the nodes: then by what is left.) Where all ranks code among themselves, each
+is a node of its own in this.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..codecs.base import OWNER, Floats
+from ..codecs.base import Floats
 from ..collectives import Collective, Collectives
 from ..collectives.coding import Held
 from .plan import BucketPlan, Parameter
@@ -58,26 +60,31 @@ def fragments(buckets: Sequence[Exchanged]) -> Iterator[tuple[int, Fragment]]:
 
 
 def gather(
-    collectives: Collectives, buckets: Sequence[Exchanged], params: Sequence[Parameter]
+    collectives: Collectives,
+    buckets: Sequence[Exchanged],
+    params: Sequence[Parameter],
+    where: str = "rail",
 ) -> Pending:
-    """What the ranks of this node hold back; collective.
+    """What the ranks of this node hold back, or this rank if coding is between all; collective.
 
-    In units of the sum over ranks, which a node's senders code.
+    In units of the sum that senders code parts of.
     """
     starts = np.concatenate([[0], np.cumsum([param.numel for param in params])])
-    size = collectives.runtime.size
     names = sorted({part.field for _, part in fragments(buckets)})
     every = collectives.runtime.allgather_object(names)
     total = {
         field: np.zeros(starts[-1], np.float32)
         for field in sorted({name for each in every for name in each})
     }
-    for index, part in fragments(buckets):
-        factor = size if part.role == OWNER and part.field == ERROR else 1
-        low = starts[index] + part.start
-        total[part.field][low : low + part.values.shape[0]] += part.values * np.float32(factor)
-    for values in total.values():
-        collectives.node_sum(values)
+    for bucket, held, index, low, high in _overlaps(buckets):
+        at = starts[index] - bucket.plan.offsets[bucket.plan.params.index(index)]
+        for field in held.store.fields:
+            values = held.store.read(field)[low - held.start : high - held.start]
+            factor = held.divisor if field == ERROR else 1
+            total[field][at + low : at + high] += values * np.float32(factor)
+    if where == "rail":
+        for values in total.values():
+            collectives.node_sum(values)
     return {
         field: {
             param.name: values[low:high]
@@ -87,9 +94,7 @@ def gather(
     }
 
 
-def deal(
-    pending: Pending, buckets: Sequence[Exchanged], params: Sequence[Parameter], ranks: int
-) -> None:
+def deal(pending: Pending, buckets: Sequence[Exchanged], params: Sequence[Parameter]) -> None:
     """Put what is pending into the stores of a new layout; who joined holds nothing."""
     for bucket, held, index, low, high in _overlaps(buckets):
         start = bucket.plan.offsets[bucket.plan.params.index(index)]
@@ -99,8 +104,8 @@ def deal(
                 continue
             values = np.array(held.store.read(field))
             part = found[low - start : high - start]
-            divided = held.role == OWNER and field == ERROR
-            values[low - held.start : high - held.start] = part / ranks if divided else part
+            divisor = held.divisor if field == ERROR else 1
+            values[low - held.start : high - held.start] = part / divisor
             held.store.write(field, values)
 
 

@@ -131,10 +131,8 @@ class Reducer:
             self._auto.begin_step()
         if _identity(param for _, param in named if param.requires_grad) != self._identity:
             self._adopt_parameters(named)
-        elif self._seen_order or self._stale:
-            self._order, self._seen_order = self._seen_order or self._order, []
-            if self._stale or self._plan(self._order) != self.buckets:
-                self._rebuild()
+        else:
+            self._settle()
 
     def close(self) -> None:
         """Take the hooks off the parameters and free the collectives; gradients stay local."""
@@ -163,8 +161,9 @@ class Reducer:
 
     def state_dict(self) -> dict[str, Any]:
         """What later exchanges on this rank depend on: the order of the buckets, and what codecs
-        hold back, by parameter. It belongs to this rank of this many.
+        hold back, by parameter. It belongs to this rank of this many. Collective.
         """
+        self._settle()  # the next step would, and the state is of the layout it begins with
         names = [param.name for param in self._described]
         held: dict[str, list[Any]] = {}
         if self._compression is not None:
@@ -197,6 +196,7 @@ class Reducer:
         if state["order"]:
             self._order, self._ordered = [index_of[name] for name in state["order"]], True
             self._seen_order = []
+        self._stale = False
         self._build(self._order)
         held = {index_of[name]: parts for name, parts in state["held"].items()}
         if not memory.restore(held, self._buckets):
@@ -232,24 +232,32 @@ class Reducer:
         )
         self._order = list(range(len(wanted) - 1, -1, -1))
         self._build(self._order)
-        memory.deal(remembered, self._buckets, self._described, self._collectives.runtime.size)
+        memory.deal(remembered, self._buckets, self._described)
         for index, param in enumerate(self._params):
             hook = _Hook(self, index)
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._hooks.append(handle)
+
+    def _settle(self) -> None:
+        """Lay the buckets out as the next step has them."""
+        if self._seen_order or self._stale:
+            self._order, self._seen_order = self._seen_order or self._order, []
+            if self._stale or self._plan(self._order) != self.buckets:
+                self._rebuild()
 
     def _rebuild(self) -> None:
         """Lay the buckets out by the order and the codec in force; nothing held back is lost."""
         self._stale = False
         remembered = self._remembered()
         self._build(self._order)
-        memory.deal(remembered, self._buckets, self._described, self._collectives.runtime.size)
+        memory.deal(remembered, self._buckets, self._described)
 
     def _remembered(self) -> memory.Pending:
         """What codecs hold back on this node."""
         if self._compression is None or not self._buckets:
             return {}
-        return memory.gather(self._collectives, self._buckets, self._described)
+        where = self._compression.config.where
+        return memory.gather(self._collectives, self._buckets, self._described, where)
 
     def _plan(self, order: Sequence[int]) -> tuple[BucketPlan, ...]:
         described = self._described
@@ -358,6 +366,15 @@ class Reducer:
                 bucket, slot = self._place[index]
                 if not used and self._collectives.runtime.size > 1 and bucket.used_anywhere(slot):
                     self._params[index].grad = bucket.views[slot]
+        self._ended(began)
+        if failed:
+            raise HpcsyncError(
+                "the backward pass of another rank raised an exception and was given up there; "
+                "the gradients of this step are not a mean over all ranks"
+            )
+
+    def _ended(self, began: float) -> None:
+        """An exchange is over, given up or not: all ranks count it, and agree on what follows."""
         if not self._ordered:
             self._agree_on_order()
         if self._compression is not None and self._compression.stepped():
@@ -368,11 +385,6 @@ class Reducer:
             self._config = self._auto.comm
             self._stale = True
         self._begin()
-        if failed:
-            raise HpcsyncError(
-                "the backward pass of another rank raised an exception and was given up there; "
-                "the gradients of this step are not a mean over all ranks"
-            )
 
     def _agree_on_order(self) -> None:
         """Take the order in which rank 0's gradients became ready, from the next step on."""
@@ -397,7 +409,7 @@ class Reducer:
                 bucket.collective.wait()
         for param in self._params:
             param.grad = None
-        self._begin()
+        self._ended(time.perf_counter())
 
     def _fill_unused(self, bucket: Bucket) -> None:
         """Parameters without a gradient of this rank take part with zeros."""

@@ -3,6 +3,7 @@ when buckets are laid out anew or a job goes on from a state."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -16,7 +17,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 from hpcsync.codecs import PieceCodec
-from hpcsync.codecs.base import OWNER
+from hpcsync.codecs.base import OWNER, SENDER
 from hpcsync.collectives import Collectives
 from hpcsync.collectives.coding import Coding
 from hpcsync.config import CODECS, CommConfig, CompressConfig
@@ -237,10 +238,11 @@ def test_vectors_and_small_parameters_are_left_alone(wrap: Wrap) -> None:
 def pending(model: DataParallel) -> dict[str, list[Any]]:
     """All that is held back on all nodes together, by field and parameter."""
     reducer = model.reducer
-    found = memory.gather(model.collectives, reducer._buckets, reducer._described)
+    where = reducer._compression.config.where
+    found = memory.gather(model.collectives, reducer._buckets, reducer._described, where)
     topology = model.collectives.topology
     # Every rank of a node has the node's; count it once.
-    weight = 1.0 / len(topology.node(RANK))
+    weight = 1.0 if where == "all" else 1.0 / len(topology.node(RANK))
     return {
         field: [WORLD.allreduce(each.astype(np.float64) * weight) for each in values.values()]
         for field, values in found.items()
@@ -267,6 +269,75 @@ def test_a_new_layout_of_buckets_forgets_nothing(wrap: Wrap, codec: str, width: 
     if (2 if width == 2 else 1) < SIZE:
         assert any(np.abs(each).max() > 0 for values in before.values() for each in values)
     same_on_all_ranks(train(model, 1, first=3)[0])
+
+
+@pytest.mark.parametrize("where", ["rail", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_layout_keeps_what_means_lack(wrap: Wrap, where: str, dtype: torch.dtype) -> None:
+    model = wrap(Weights(dtype), "onebit", 2, where=where)
+    exchanged(model, draw(0, RANK, dtype))
+    reducer = model.reducer
+    # Low precision is divided by the ranks of a node before it is coded along a rail.
+    rails = model.collectives.topology.rails
+    early = rails if dtype == torch.bfloat16 and where == "rail" else 1
+
+    def lacking() -> float:
+        units = {OWNER: 1.0, SENDER: early / SIZE}
+        held = [each for bucket in reducer._buckets for each in bucket.collective.held]
+        mine = [units[h.role] * h.store.read("error").astype(np.float64).sum() for h in held]
+        return WORLD.allreduce(float(sum(mine)))
+
+    before = lacking()
+    reducer._order = [2, 0, 3, 1]
+    reducer._rebuild()
+    assert lacking() == pytest.approx(before, rel=1e-4, abs=1e-6)
+
+
+def test_a_state_of_the_end_of_the_warm_up_can_be_taken_over(wrap: Wrap) -> None:
+    first = wrap(Weights(), "int8", warmup=2)
+    train(first, 2)
+    second = wrap(Weights(), "int8", warmup=2)
+    second.reducer.load_state_dict(copy.deepcopy(first.reducer.state_dict()))
+    same_bits(train(first, 1, first=2)[0], train(second, 1, first=2)[0])
+
+
+class Fails(torch.autograd.Function):
+    """The identity; its backward pass raises."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("planted")
+
+
+class Two(nn.Module):
+    """Two layers; the front one's backward pass can fail after the back one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.back = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, values: Tensor, *, fails: bool = False) -> Tensor:
+        middle = self.front(values)
+        return self.back(Fails.apply(middle) if fails else middle).sum()
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_step_given_up_counts_on_all_ranks(wrap: Wrap, first: int) -> None:
+    model = wrap(Two(), "randomk", where="all", ratio=0.2)
+    for step in range(first):
+        torch.manual_seed(100 * step + RANK)
+        model(torch.randn(4, 64)).backward()
+    with contextlib.suppress(RuntimeError, HpcsyncError):
+        model(torch.randn(4, 64), fails=RANK == SIZE - 1).backward()
+    for param in model.parameters():
+        param.grad = None
+    model(torch.randn(4, 64)).backward()
+    # All ranks pick the same elements by the number of the step.
+    same_on_all_ranks({name: param.grad for name, param in model.named_parameters()})
 
 
 @pytest.mark.parametrize("codec", CODED)
