@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsync import config, schema
-from hpcsync.config import Config
+from hpcsync.config import CODECS, Config
 from hpcsync.errors import ConfigError
 from hpcsync.wording import toml
 
@@ -51,6 +51,9 @@ def values_of(key: schema.Key) -> st.SearchStrategy[object]:
         return st.integers(low, int(rule.maximum or 2**63 - 1))
     if key.kind == "Mapping[str, Any]":
         return st.dictionaries(texts(), plain_values(), max_size=4)
+    if key.name in ("compress.codec", "compress.allow"):
+        names = st.sampled_from([*CODECS, "my.module:Codec"])
+        return names if key.kind == "str" else st.lists(names, min_size=1, max_size=4).map(tuple)
     if key.kind == "str":
         return st.sampled_from(rule.choices) if rule.choices else texts().filter(str.strip)
     low = rule.minimum if rule.minimum is not None else rule.above
@@ -78,6 +81,7 @@ def configs(draw: st.DrawFn) -> Config:
             global_batch=accumulate * draw(st.integers(1, 64)),
         ),
         comm=dataclasses.replace(drawn.comm, reproducible=False),
+        compress=dataclasses.replace(drawn.compress, where="all"),
     )
 
 

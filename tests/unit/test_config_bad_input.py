@@ -227,7 +227,8 @@ def test_a_key_that_is_not_there(here: Path, text: str, expected: str) -> None:
             "2: train.precision: must be one of fp32, bf16, not the text 'bf17'; "
             "did you mean bf16?",
         ),
-        ("[compress]\ncodec = 'int8'", "2: compress.codec: must be none, not the text 'int8'"),
+        ("[compress]\ncodec = 'int7'", "2: compress.codec: unknown codec 'int7'; did you mean int8?"),
+        ("[compress]\nallow = 3", "2: compress.allow: must be a list of texts, not 3"),
     ],
 )
 def test_a_value_that_a_key_does_not_take(here: Path, text: str, expected: str) -> None:
