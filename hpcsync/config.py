@@ -46,6 +46,7 @@ __all__ = [
     "TopologyConfig",
     "TrainConfig",
     "check_ranks",
+    "contradictions",
     "dump",
     "explain",
     "keys",
@@ -94,7 +95,7 @@ def load(deck: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
             values[name] = _merge(values.get(name), value)
             cited[name] = source.where(tuple(name.split(".")))
     config = _build(values)
-    for names, text in _contradictions(config):
+    for names, text in contradictions(config):
         if not doubtful & {"*", *(name.partition(".")[0] for name in names)}:
             named = next((name for name in names if name in cited), names[0])
             problems.append(f"{cited.get(named, 'defaults')}: {named}: {text}")
@@ -116,6 +117,11 @@ def _build(values: Mapping[str, Any]) -> Config:
         own = [found for found in schema.keys_of(name, kind) if found.name in values]
         parts[name] = kind(**{found.leaf: values[found.name] for found in own})
     return Config(**parts)
+
+
+def contradictions(config: Config) -> list[tuple[tuple[str, ...], str]]:
+    """(keys, what is wrong) for values that are right one by one but not together."""
+    return list(_contradictions(config))
 
 
 def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -79,7 +79,7 @@ def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
     collectives = Collectives(runtime, config.comm)
     # The progress thread must have stopped before mpi4py finalizes MPI at exit.
     exits = Exits(runtime.comm, collectives.progress.close)
-    _session = _Session(runtime, config, collectives, Eager(collectives, config), exits)
+    _session = _Session(runtime, config, collectives, Eager(collectives), exits)
 
 
 def is_initialized() -> bool:
@@ -168,6 +168,9 @@ class DataParallel(data_parallel.DataParallel):
         if bucket_cap_mb is not None:
             checked = _check("bucket_cap_mb", f"comm.bucket_mb={bucket_cap_mb}")
             comm = dataclasses.replace(comm, bucket_mb=checked.comm.bucket_mb)
+        whole = dataclasses.replace(session.config, comm=comm, compress=coded)
+        if problems := configuration.contradictions(whole):
+            raise ConfigError([f"{keys[0]}: {text}" for keys, text in problems])
         super().__init__(
             module,
             runtime=session.runtime,
@@ -193,7 +196,7 @@ def _check(argument: str, setting: str) -> configuration.Config:
         ) from None
 
 
-def allreduce(tensor: Tensor, op: Op = Average, codec: str = "none") -> Tensor:
+def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
     """A new tensor with the average, sum, minimum or maximum of the ranks' tensors.
 
     It is outside autograd: no gradient flows through it, and the result asks for none.
@@ -201,17 +204,14 @@ def allreduce(tensor: Tensor, op: Op = Average, codec: str = "none") -> Tensor:
     Args:
         tensor: any shape, the same on every rank; float16, bfloat16 (added in float32), float32,
             float64 or integers, in host memory.
-        codec: how averages and sums of floating-point numbers travel; ``compress.where`` of the
-            deck says on which way. Nothing is remembered from call to call.
 
     Raises:
-        ValueError: a dtype that cannot be reduced or coded, the average of integers, or another
-            ``op`` or codec.
+        ValueError: a dtype that cannot be reduced, the average of integers, or another ``op``.
     """
-    return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op, codec)
+    return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op)
 
 
-def allreduce_(tensor: Tensor, op: Op = Average, codec: str = "none") -> Tensor:
+def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
     """``allreduce`` in place; returns ``tensor``, which must be contiguous. Outside autograd, too.
 
     Raises:
@@ -224,15 +224,8 @@ def allreduce_(tensor: Tensor, op: Op = Average, codec: str = "none") -> Tensor:
     data = _bytes(tensor)
     if op is Op.AVERAGE and not tensor.is_floating_point():
         raise ValueError(f"allreduce: the average of {name} is not whole; use op=hpcsync.Sum")
-    if codec != "none":
-        _check("codec", f"compress.codec={toml(codec)}")
-        if op not in (Op.AVERAGE, Op.SUM) or not tensor.is_floating_point():
-            raise ValueError(
-                f"allreduce: codec {codec} codes averages and sums of floating-point numbers, not "
-                f"the {op.value} of {name}; use codec='none'"
-            )
     if op in (Op.AVERAGE, Op.SUM):
-        session.eager.allreduce(data, name, average=op is Op.AVERAGE, codec=codec)
+        session.eager.allreduce(data, name, average=op is Op.AVERAGE)
         return tensor
     with torch.no_grad():
         wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

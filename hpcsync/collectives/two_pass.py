@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from ..codecs import Moment, PieceCodec
-from ..codecs.base import OWNER, SENDER, Floats
+from ..codecs.base import OWNER, SENDER, Bytes, Floats
 from ..device.kernels import empty_bytes
+from ..errors import HpcsyncError
 from ..schedules import chunk_bounds
 from ..transports.base import Parcel, Program, Region, Transport, Wait
 from .coding import Coding, Held, Window
@@ -107,10 +108,10 @@ class TwoPass(Program):
                 used = self._codecs[who].encode(
                     values[self._parts[who]], out, self._stores[who], self._moment(who)
                 )
-                sent.append(mail.send(index, used))
+                sent.append(mail.send(index, self._fitting(used, out)))
             yield given
             if self._givers:
-                used = self._combine(values[self._parts[rank]])
+                used = self._fitting(self._combine(values[self._parts[rank]]), self._mean)
                 sent += [mail.send(owners + index, used) for index in range(givers)]
             yield means
             for who, data in zip(self._owners, self._means, strict=True):
@@ -119,6 +120,15 @@ class TwoPass(Program):
 
     def close(self) -> None:
         self._mail.close()
+
+    def _fitting(self, used: int, room: Bytes) -> int:
+        if used > room.shape[0]:
+            name = self._coding.codec.name
+            raise HpcsyncError(
+                f"codec {name} used {used} bytes for a piece of at most {room.shape[0]}; its "
+                "capacity() must give the most that its encode() uses"
+            )
+        return used
 
     def _combine(self, own: Floats) -> int:
         """The owner's part; the bytes of the coded mean."""

@@ -64,12 +64,10 @@ class Compression:
 
     def state(self) -> dict[str, Any]:
         """Counts that coding depends on."""
-        return {"codec": self.config.codec, "steps": self.steps, "coded": self.clock.step}
+        return {"steps": self.steps, "coded": self.clock.step}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, with the codec of then."""
-        if state["codec"] != self.config.codec:
-            self.use(state["codec"])
+        """Go on from there."""
         self.steps, self.clock.step = int(state["steps"]), int(state["coded"])
 
     def wants(self, param: Parameter) -> bool:

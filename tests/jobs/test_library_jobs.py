@@ -28,9 +28,9 @@ for step in range(3):
 """
 
 
-def run(folder: Path, body: str, ranks: int = 2) -> launcher.Outcome:
+def run(folder: Path, body: str, ranks: int = 2, start: str = START) -> launcher.Outcome:
     script = folder / "script.py"
-    script.write_text(START + textwrap.dedent(body))
+    script.write_text(start + textwrap.dedent(body))
     outcome = launcher.run(ranks, str(script), timeout=90)
     outcome.assert_clean()
     return outcome
@@ -68,6 +68,15 @@ def test_a_wrong_value_is_one_line_and_2(tmp_path: Path, ranks: int) -> None:
     assert outcome.status == 2, outcome.describe()
     assert outcome.stderr.count("hpcsync: error:") == 1, outcome.describe()
     assert "codec: unknown codec 'int9'; did you mean int8?" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_settings_that_contradict_each_other_are_one_line_and_2(tmp_path: Path) -> None:
+    start = START.replace('"comm.timeout_s=3"', '"comm.algorithm=ring"')
+    outcome = run(tmp_path, "hpcsync.DataParallel(model, codec='int8')", start=start)
+    assert outcome.status == 2, outcome.describe()
+    assert outcome.stderr.count("hpcsync: error:") == 1, outcome.describe()
+    assert "ring has no rails to code on" in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 
