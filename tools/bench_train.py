@@ -11,6 +11,7 @@ Each rank holds the same model once for each contender and trains it on the same
 engine, in turns: blocks of steps in an order that changes from round to round. The contenders:
 
     none            exchanges nothing
+    lockstep        exchanges one number a step: ranks wait for each other, and nothing else
     ddp             torch DDP; ddp-fp16 and ddp-powersgd (rank 4) are its hooks of these names
     hpcsync         as the deck says
     hpcsync-CODEC   with compress.codec=CODEC from the first step: hpcsync-int8, hpcsync-auto, ...

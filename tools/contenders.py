@@ -1,6 +1,7 @@
 """Ways to average gradients, made alike for a comparison: what the training benchmarks time.
 
     none            exchanges nothing
+    lockstep        exchanges one number a step: ranks wait for each other, and nothing else
     ddp             torch DDP over Gloo
     ddp-fp16        and its hook fp16_compress_hook
     ddp-powersgd    and its hook powerSGD_hook, rank 4, from the third step
@@ -21,7 +22,7 @@ from typing import Any
 from tools import benchmark
 from tools.benchmark import BenchmarkError
 
-PLAIN = ("none", "ddp", "ddp-fp16", "ddp-powersgd", "hpcsync")
+PLAIN = ("none", "lockstep", "ddp", "ddp-fp16", "ddp-powersgd", "hpcsync")
 CODED = "hpcsync-"
 
 
@@ -64,6 +65,18 @@ class Plain:
 
         grads = [param.grad for param in self.module.parameters() if param.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
+
+
+class Lockstep(Plain):
+    """What any exchange costs at least: the ranks of a step wait for the slowest."""
+
+    def __init__(self, module: Any, runtime: Any) -> None:
+        super().__init__(module)
+        self._runtime = runtime
+
+    def norm(self) -> Any:
+        self._runtime.allreduce_scalar([0.0])
+        return super().norm()
 
 
 class Contender:
@@ -130,6 +143,8 @@ class Workload:
         model = copy.deepcopy(self.model)
         if name == "none":
             parallel: Any = Plain(model)
+        elif name == "lockstep":
+            parallel = Lockstep(model, self.runtime)
         elif name.startswith("ddp"):
             parallel = Plain(model, self._ddp(model, name, find_unused))
         else:
