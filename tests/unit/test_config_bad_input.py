@@ -227,7 +227,10 @@ def test_a_key_that_is_not_there(here: Path, text: str, expected: str) -> None:
             "2: train.precision: must be one of fp32, bf16, not the text 'bf17'; "
             "did you mean bf16?",
         ),
-        ("[compress]\ncodec = 'int7'", "2: compress.codec: unknown codec 'int7'; did you mean int8?"),
+        (
+            "[compress]\ncodec = 'int7'",
+            "2: compress.codec: unknown codec 'int7'; did you mean int8?",
+        ),
         ("[compress]\nallow = 3", "2: compress.allow: must be a list of texts, not 3"),
     ],
 )
