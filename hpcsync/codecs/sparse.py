@@ -51,7 +51,11 @@ class SparseCodec(PieceCodec):
 
     @abstractmethod
     def most(self, count: int, step: int) -> int:
-        """Most elements of ``count`` that are sent in a step."""
+        """Most elements of ``count`` that a sender sends in a step."""
+
+    def most_of_mean(self, count: int, step: int) -> int:
+        """Most elements of the mean that an owner sends."""
+        return self.most(count, step)
 
     @abstractmethod
     def minimum(self) -> float:
@@ -68,7 +72,8 @@ class SparseCodec(PieceCodec):
 
     def encode(self, values: Floats, out: Bytes, store: Store | None, moment: Moment) -> int:
         momentum = self.settings.momentum if store else 0.0
-        return self._encode(values, 1, momentum, out, store, moment)
+        most = self.most(values.shape[0], moment.step)
+        return self._encode(values, most, 1, momentum, out, store, moment)
 
     def decode(self, data: Bytes, out: Floats) -> None:
         if self._native:
@@ -117,7 +122,8 @@ class SparseCodec(PieceCodec):
         if not store:
             divide(own, divisor)
             divisor = 1
-        used = self._encode(own, divisor, 0.0, out, store, moment)
+        most = self.most_of_mean(own.shape[0], moment.step)
+        used = self._encode(own, most, divisor, 0.0, out, store, moment)
         if masked:
             self._clear(out[:used], masked.read(VELOCITY))
         self.decode(out[:used], own)
@@ -127,17 +133,18 @@ class SparseCodec(PieceCodec):
     def _encode(
         self,
         values: Floats,
+        k: int,
         divisor: int,
         momentum: float,
         out: Bytes,
         store: Store | None,
         moment: Moment,
     ) -> int:
-        """Code v + (m u + values / divisor), whose fields the store holds."""
+        """Code at most k of v + (m u + values / divisor), whose fields the store holds."""
         count = values.shape[0]
         error = store.read(ERROR) if store else None
         velocity = store.read(VELOCITY) if store and momentum else None
-        k, minimum = self.most(count, moment.step), self.minimum()
+        minimum = self.minimum()
         if self._native:
             return self._native.encode(
                 values, divisor, momentum, velocity, error, k, minimum, moment.seed, out
