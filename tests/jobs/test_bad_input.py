@@ -226,7 +226,7 @@ def test_buckets_that_one_rank_has_no_memory_for(train: Train, tmp_path: Path) -
     """The error comes between two agreements of the other rank's."""
     build = (
         "import hpcsync.parallel.data_parallel as parallel\n"
-        "    def fail(*_): raise MemoryError\n"
+        "    def fail(*_, **__): raise MemoryError\n"
         "    if RANK == 1: parallel.Reducer = fail"
     )
     outcome = train(write_model(tmp_path, build=build))

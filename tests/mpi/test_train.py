@@ -287,20 +287,27 @@ def test_what_changes_no_bit(
         assert first == second
 
 
-def test_the_dry_run_tells_the_bytes_that_are_sent(folder: Path, comm: MPI.Intracomm) -> None:
-    words = (f"topology.ranks_per_node={max(1, comm.size // 2)}", "model.width=64")
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_the_dry_run_tells_the_bytes_that_are_sent(
+    folder: Path, comm: MPI.Intracomm, codec: str
+) -> None:
+    coding = (f"compress.codec={codec}", "compress.warmup=0")
+    words = (f"topology.ranks_per_node={max(1, comm.size // 2)}", "model.width=64", *coding)
     made = run(folder, *words)
     if comm.rank != 0:
         return
     config = configs.load(None, tiny(*words))
     topology = dryrun.assume_topology(config, comm.size, 0)
     sizes = dryrun.measure(config, data.build(config), 1)
-    parts = exchange.exchanges(config.comm, topology, dryrun.plan(config, sizes))
+    plans = dryrun.plan(config, sizes)
+    ratios = dryrun._ratios(config, sizes, topology, plans)
+    parts = exchange.exchanges(config.comm, topology, plans, ratios)
     told = exchange.traffic(topology, parts)
     assert summary(made)["internode_bytes_per_step"] == pytest.approx(
         told.node_far * topology.node_count, rel=0.02
     )
-    assert {name for name, _ in parts} == {summary(made)["algorithm"]}
+    assert {way.algorithm for way in parts} == {summary(made)["algorithm"]}
+    assert summary(made)["codec"] == (codec if topology.node_count > 1 else "none")
 
 
 # --- what goes wrong --------------------------------------------------------------------------
