@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..device import cpu
+
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
@@ -266,8 +268,5 @@ class SumCodec(Codec):
 
 
 def divide(values: Floats, divisor: int) -> None:
-    """Divide in place; by a power of two as a product, which is the same bits and faster."""
-    if divisor & (divisor - 1) == 0:
-        np.multiply(values, np.float32(1.0 / divisor), out=values)
-    else:
-        np.divide(values, np.float32(divisor), out=values)
+    """Divide in place, to the bits of the device's own means."""
+    cpu.divide(values, divisor, values)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .. import schedules
-from ..codecs import SumCodec
+from ..codecs import Matrix, SumCodec
 from ..codecs.base import SENDER
 from ..config import CommConfig
 from ..device import dtype_of
@@ -18,6 +18,8 @@ from ..schedules.base import Kind
 from ..transports.base import Program, Region, Transport, Wait, private_buffer, sent_bytes
 from . import choice
 from .coding import Coding, Held, Window
+
+MOST_ROUNDS = 4
 
 
 class Summed(Program):
@@ -49,7 +51,7 @@ class Summed(Program):
         self._transport = transport
         self._window = Window(region)
         self._matrices = [
-            type(each)(each.start - start, each.shape)
+            Matrix(each.start - start, each.shape)
             for each in coding.matrices
             if start <= each.start < start + region.count
         ]
@@ -101,6 +103,3 @@ def _next(rounds: Iterator[int]) -> int | None:
     other coroutines of the thread run there."""
     with np.errstate(all="ignore"):
         return next(rounds, None)
-
-
-MOST_ROUNDS = 4

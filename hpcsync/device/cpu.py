@@ -89,7 +89,7 @@ class CpuDevice(Device):
             last = index == len(sources) - 1 and divisor == 1
             value = np.add(value, source, out=out if last else scratch)
         if divisor != 1:
-            _divide(value, divisor, out)
+            divide(value, divisor, out)
         elif value is not out:
             out[:] = value
 
@@ -99,11 +99,11 @@ class CpuDevice(Device):
         for source in sources[1:]:
             np.add(total, widen(source, dtype), out=total)
         if divisor != 1:
-            _divide(total, divisor, total)
+            divide(total, divisor, total)
         out[:] = narrow(total, dtype)
 
 
-def _divide(values: Array, divisor: int, out: Array) -> None:
+def divide(values: Array, divisor: int, out: Array) -> None:
     """Divide; by a power of two as a product, which is the same bits and faster."""
     if divisor & (divisor - 1) == 0:
         np.multiply(values, values.dtype.type(1.0 / divisor), out=out)
