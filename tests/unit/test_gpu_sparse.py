@@ -59,9 +59,9 @@ class Coded:
         """Code values both ways; the coded bytes."""
         momentum = self.codec.settings.momentum if self.store else 0.0
         wanted = np.zeros(self.codec.capacity(self.n), np.uint8)
-        used = self.codec._encode(values, divisor, momentum, wanted, self.store, moment)
-        x, told = Memory(values), Memory(np.zeros(1, np.uint64))
         most, least = self.codec.most(self.n, moment.step), self.codec.minimum()
+        used = self.codec._encode(values, most, divisor, momentum, wanted, self.store, moment)
+        x, told = Memory(values), Memory(np.zeros(1, np.uint64))
         places = (self.scratch.address, self.out.address, told.address)
         stores = [address(self.held.get(name)) for name in (VELOCITY, ERROR)]
         self.gpu.encode(
