@@ -21,6 +21,9 @@ from .runtime import AgreedError as AgreedError
 from .runtime import Runtime as Runtime
 from .topology import Topology
 
+# Coded messages of a few hundred KB then take one turn at either end, not three. Whatever the user
+# sets counts.
+_MPI_SETTINGS = {"OMPI_MCA_btl_tcp_eager_limit": str(256 << 10)}
 _TAG_FIX = "see `python -m mpi4py --mpi-library`"
 
 
@@ -75,6 +78,8 @@ def _quota() -> float:
 
 
 def _import_mpi() -> Any:
+    for name, value in _MPI_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

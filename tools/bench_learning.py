@@ -185,7 +185,7 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     command += [sys.executable, "-m", "hpcsync.train", *settings_of(variant, seed, options)]
     env = mpirun_environment(os.environ | {"OMP_NUM_THREADS": "1"})
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    log = folder.with_suffix(".log")
+    log = folder.with_name(folder.name + ".log")
     with log.open("w") as out:
         process = subprocess.Popen(
             [*command, "--out", str(folder)],

@@ -65,8 +65,8 @@ rm -rf "$STATE"
 AGENT = r"""#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
 host=$1; shift
-read -r pid <"@STATE@/pids/$host" || { echo "vcluster: no node $host" >&2; exit 255; }
-exec nsenter --target "$pid" @SPACES@ -- sh -c "$*"
+read -r pid cores <"@STATE@/pids/$host" || { echo "vcluster: no node $host" >&2; exit 255; }
+exec taskset -c "$cores" nsenter --target "$pid" @SPACES@ -- sh -c "$*"
 """
 
 
@@ -86,6 +86,7 @@ class State:
     owner_start: str = ""
     head: int = 0
     nodes: list[int] = field(default_factory=list)
+    cores: list[str] = field(default_factory=list)  # of each node, as taskset takes them
     starts: dict[str, str] = field(default_factory=dict)  # pid -> start time, against reuse
 
 
@@ -95,7 +96,8 @@ def missing() -> str | None:
         return "a virtual cluster needs Linux"
     if os.geteuid() != 0:
         return "a virtual cluster needs root (network namespaces)"
-    needed = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
+    needed = {"ip": "iproute2", "tc": "iproute2"}
+    needed |= dict.fromkeys(("unshare", "nsenter", "taskset"), "util-linux")
     for tool, package in needed.items():
         if shutil.which(tool) is None:
             return f"{tool} is missing: install {package}"

@@ -1,7 +1,8 @@
 """A cluster on one machine: nodes are namespaces, links are shaped veth pairs.
 
-Each node has its own host name, network, /dev/shm, process ids and temporary folder; the file
-system is shared, as on a real cluster. A head without ranks holds the bridge and runs mpirun:
+Each node has its own host name, network, /dev/shm, process ids and temporary folder, and cores of
+its own where the machine has as many; the file system is shared, as on a real cluster. A head
+without ranks holds the bridge and runs mpirun:
 
     node0 eth0 ---- tbf ----+            +---- tbf ---- eth0 node1
                           bridge (head, runs mpirun)

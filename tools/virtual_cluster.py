@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -35,6 +36,14 @@ from tools.namespaces import (
 )
 
 NETWORK = "10.77"
+
+
+def shares(cores: Sequence[int], nodes: int) -> list[str]:
+    """The cores of each node, as taskset takes them: its own ones where there are enough."""
+    if nodes > len(cores):
+        return [",".join(map(str, cores))] * nodes
+    cuts = [len(cores) * node // nodes for node in range(nodes + 1)]
+    return [",".join(map(str, cores[low:high])) for low, high in pairwise(cuts)]
 
 
 class Traffic(NamedTuple):
@@ -68,6 +77,7 @@ class VirtualCluster:
             raise ClusterError(f"name {name!r}: use letters, digits, - and _ only")
         self.hosts = [f"node{i}" for i in range(nodes)]
         self.state = State(name or f"{os.getpid()}-{secrets.token_hex(3)}", rate, burst, queue)
+        self.state.cores = shares(sorted(os.sched_getaffinity(0)), nodes)
         if owned:
             self.state.owner, self.state.owner_start = os.getpid(), start_time(os.getpid())
         self._shm = "mode=1777" + (f",size={shm}" if shm else "")
@@ -156,10 +166,10 @@ class VirtualCluster:
             if self._owned:
                 os.close(source)
         self.state.head = self._ready(head, "the head")
-        for host, process in zip(self.hosts, nodes, strict=True):
+        for host, process, cores in zip(self.hosts, nodes, self.state.cores, strict=True):
             pid = self._ready(process, host)
             self.state.nodes.append(pid)
-            (self._folder / "pids" / host).write_text(f"{pid}\n")
+            (self._folder / "pids" / host).write_text(f"{pid} {cores}\n")
         self._write_state()
 
     def _init(
@@ -297,7 +307,8 @@ class VirtualCluster:
         **popen: Any,
     ) -> NodeProcess:
         """Start `argv` in a node; the rest are arguments of subprocess.Popen."""
-        command = self._enter(self.pid(host), NODE_SPACES, argv, cwd)
+        pid, cores = self.pid(host), self.state.cores[self.hosts.index(host)]
+        command = ["taskset", "-c", cores, *self._enter(pid, NODE_SPACES, argv, cwd)]
         return NodeProcess(command, env=self._environment(env), **popen)
 
     def spawn_mpi(

@@ -107,12 +107,10 @@ class Collective:
             self._progress.wait_until(lambda: self._open == 0)
 
     def segment_finished(self) -> None:
-        """Called by the progress thread at the end of each segment."""
+        """Called at the end of each segment, by the thread that did the round."""
         if self._open == 1:
             self.finished_s = time.perf_counter()
         self._open -= 1
-        if self._open == 0:
-            self._progress.notify()
 
     def close(self) -> None:
         """Free requests and communicators; the collective cannot run again."""

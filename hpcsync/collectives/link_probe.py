@@ -78,7 +78,7 @@ class _Line:
         if not self._mails:
             return 0.0
         used = self._mails[: -(-nbytes // _MESSAGE)]
-        jobs = [_Message(mail, min(nbytes, _MESSAGE), self._progress) for mail in used]
+        jobs = [_Message(mail, min(nbytes, _MESSAGE)) for mail in used]
         began = time.perf_counter()
         self._progress.submit(list(jobs))
         self._progress.wait_until(lambda: all(job.done for job in jobs))
@@ -92,9 +92,9 @@ class _Line:
 class _Message(Job):
     """One message each way."""
 
-    def __init__(self, mail: Mail, nbytes: int, progress: Progress) -> None:
+    def __init__(self, mail: Mail, nbytes: int) -> None:
         self.priority, self.nbytes, self.done = 0, nbytes, False
-        self._mail, self._progress = mail, progress
+        self._mail = mail
 
     def run(self) -> Iterator[Wait]:
         arrived = self._mail.expect([0])
@@ -104,7 +104,6 @@ class _Message(Job):
 
     def finished(self) -> None:
         self.done = True
-        self._progress.notify()
 
     def describe(self) -> str:
         return "the probe of the link"

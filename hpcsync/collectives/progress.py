@@ -1,8 +1,14 @@
-"""One thread that moves all of a rank's collectives on, and sleeps when none can move.
+"""What moves all of a rank's collectives on, and sleeps when none can move.
 
-A collective is a coroutine that yields a Wait where another rank has to act first. The thread
-asks the Waits in order of priority and resumes what is ready, so the memory work of one bucket
-fills the network time of another.
+A collective is a coroutine that yields a Wait where another rank has to act first. A round asks
+the Waits in order of priority and resumes what is ready, so the memory work of one bucket fills
+the network time of another.
+
+Who does the rounds. A thread does, beside the computation. Whoever waits for a collective does
+them in its place: nothing is handed over at its end. And a caller that computes may ``drive``:
+where no core is free, a round between two layers of the backward pass costs less than waking the
+thread, which takes the interpreter and the caches from the computation. While somebody else does
+the rounds the thread stands by, and takes over after ``_STANDBY_S`` without one.
 
 Admission. Collectives start in order of priority while their bytes fit the credit window: what
 is started late can still be overtaken by something more urgent. Ranks need not agree on the
@@ -11,7 +17,7 @@ that sees nothing move for a moment admits the next one although the window is f
 everything is admitted, and everything admitted completes.
 
 Sleeping. Blocking MPI calls spin, and a spinning thread takes the core that computes. When
-nothing is ready the thread sleeps for a fraction of the time that nothing has moved, up to
+nothing is ready a thread sleeps for a fraction of the time that nothing has moved, up to
 ``MOST_SLEEP_S``: short waits are met at once, and a long one costs a few per cent of a core.
 Where ranks outnumber cores both bounds grow with their ratio, or the ranks that wait would keep
 those that work from a core. While the main thread computes and waits for nothing, sleeps may be
@@ -39,6 +45,8 @@ MOST_SLEEP_S = 1e-3
 PATIENT_SLEEPS_S = 1e-3, 4e-3
 _SLEEP_SHARE = 0.4  # of the time that nothing has moved
 _STARVED_S = 2e-3  # without movement: the window opens
+_STANDBY_S = 10e-3  # without a round of somebody else: the thread takes over
+_BREATH_S = 1e-3  # between two rounds of a caller that computes, at least
 _PR_SET_TIMERSLACK = 29
 
 
@@ -78,7 +86,7 @@ class _Active:
 
 
 class Progress:
-    """The progress thread of one rank.
+    """What moves the collectives of one rank.
 
     Args:
         credit_bytes: bytes in flight up to which further jobs are admitted.
@@ -100,9 +108,10 @@ class Progress:
         self._asleep = False
         self._stopping = False
         self._error: BaseException | None = None
-        self._done = threading.Condition()
         self._thread: threading.Thread | None = None
-        self.cpu_s = 0.0
+        self._turn = threading.Lock()  # held in a round
+        self._moved_s = 0.0  # when something moved last,
+        self._driven_s = 0.0  # and when a thread other than ours did a round
 
     def submit(self, jobs: list[Job]) -> None:
         """Hand jobs over; they start in order of (priority, submission).
@@ -113,6 +122,8 @@ class Progress:
         """
         if self._error is not None:
             raise self._error
+        if not self._busy:
+            self._moved_s = time.perf_counter()
         with self._wake:
             self._incoming.extend(jobs)
             if self._thread is None:
@@ -123,27 +134,34 @@ class Progress:
             elif self._asleep:
                 self._wake.notify()
 
+    def drive(self) -> None:
+        """A round of the calling thread, which has other work; often called, rarely more.
+
+        Raises:
+            Exception: whatever a job raised.
+        """
+        if self._busy and time.perf_counter() - self._driven_s > _BREATH_S:
+            self._driven_s = time.perf_counter()
+            self._try_round()
+
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Sleep until ``condition``, which a job's end makes true.
+        """Do rounds until ``condition``, which a job's end makes true.
 
         Raises:
             CollectiveTimeout: nothing moved for the time limit.
             Exception: whatever a job raised.
         """
-        with self._done:
-            self._waiting += 1
-            try:
-                while not condition():
-                    if self._error is not None:
-                        raise self._error
-                    self._done.wait()
-            finally:
-                self._waiting -= 1
-
-    def notify(self) -> None:
-        """Tell waiters that a job ended."""
-        with self._done:
-            self._done.notify_all()
+        _wake_in_time()
+        self._waiting += 1
+        try:
+            while not condition():
+                if self._error is not None:
+                    raise self._error
+                self._driven_s = time.perf_counter()
+                if not self._try_round() and not condition():
+                    self._doze()
+        finally:
+            self._waiting -= 1
 
     def close(self) -> None:
         """Stop the thread; jobs under way are dropped, and whoever waits for one is told."""
@@ -154,45 +172,61 @@ class Progress:
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
-        self.notify()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._active or self._pending or self._incoming)
 
     def _main(self) -> None:
-        # A sleep of 20 us would take 70 with the default timer slack.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
-        try:
-            self._loop()
-        except BaseException as error:  # handed to whoever waits
-            self._error = error
-            self.notify()
-
-    def _loop(self) -> None:
-        moved_at = time.perf_counter()
-        while not self._stopping:
-            if not self._active and not self._pending and not self._incoming:
-                self._rest()
-                moved_at = time.perf_counter()
-                continue
-            idle = time.perf_counter() - moved_at
-            starved = idle > _STARVED_S
-            if self._admit(starved=starved) | self._sweep():
-                if not starved:
-                    self._opening = 1
-                moved_at = time.perf_counter()
-                continue
-            if self._timeout and idle > self._timeout:
-                raise CollectiveTimeout(self._report(idle))
-            least, most = self._sleeps_s if self._waiting else PATIENT_SLEEPS_S
-            time.sleep(min(max(idle * _SLEEP_SHARE, least), most))
+        _wake_in_time()
+        # What a job raised is handed to whoever waits.
+        with contextlib.suppress(BaseException):
+            while not self._stopping and self._error is None:
+                standby = self._driven_s + _STANDBY_S - time.perf_counter()
+                if not self._busy:
+                    self._rest()
+                elif standby > 0:
+                    time.sleep(standby)
+                elif not self._try_round():
+                    self._doze()
 
     def _rest(self) -> None:
         """Nothing to do: sleep until something is submitted."""
-        self.cpu_s = time.thread_time()
         with self._wake:
             while not self._incoming and not self._stopping:
                 self._asleep = True
                 self._wake.wait()
             self._asleep = False
+
+    def _doze(self) -> None:
+        """Nothing moves: sleep for a moment."""
+        idle = time.perf_counter() - self._moved_s
+        least, most = self._sleeps_s if self._waiting else PATIENT_SLEEPS_S
+        time.sleep(min(max(idle * _SLEEP_SHARE, least), most))
+
+    def _try_round(self) -> bool:
+        """A round, unless another thread is at it; True if anything moved."""
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            return not self._stopping and self._error is None and self._round()
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._turn.release()
+
+    def _round(self) -> bool:
+        idle = time.perf_counter() - self._moved_s
+        starved = idle > _STARVED_S
+        if self._admit(starved=starved) | self._sweep():
+            if not starved:
+                self._opening = 1
+            self._moved_s = time.perf_counter()
+            return True
+        if self._timeout and idle > self._timeout and self._active:
+            raise CollectiveTimeout(self._report(idle))
+        return False
 
     def _admit(self, *, starved: bool) -> bool:
         while self._incoming:
@@ -238,3 +272,14 @@ class Progress:
             f"no collective moved for {idle:.0f} s (comm.timeout_s = {self._timeout:g}); "
             f"stuck: {shown}; {len(self._pending)} not started"
         )
+
+
+def _wake_in_time() -> None:
+    """Let sleeps of this thread end when they should: with the default slack 20 us take 70."""
+    if not getattr(_prompt, "told", False):
+        _prompt.told = True
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+
+
+_prompt = threading.local()

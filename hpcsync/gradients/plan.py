@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 _FEWEST_BUCKETS = 8
 # Of coded gradients: their time on the wire is short, and each bucket costs processor time.
-_FEWEST_CODED = 5
+_FEWEST_CODED = 4
 _ALIGN = 64  # bytes; a parameter's gradient starts on a cache line
 
 

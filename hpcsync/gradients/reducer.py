@@ -75,6 +75,8 @@ class Reducer:
         self._callback = False
         self._seen_order: list[int] = []
         self.stats = StepComm()
+        # Without a free core a thread beside the backward pass only takes time from it.
+        self._drives = collectives.runtime.crowding * torch.get_num_threads() >= 1
         self._adopt_parameters(named)
         if compression is not None and auto:
             self._auto = Auto(compression, config, self._described)
@@ -331,6 +333,8 @@ class Reducer:
         bucket.pending -= 1
         if bucket.pending == 0 and self._config.overlap:
             self._launch(bucket)
+        if self._drives:
+            self._collectives.progress.drive()
 
     def _late(self, index: int) -> None:
         raise ModelError(

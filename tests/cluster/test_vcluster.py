@@ -17,6 +17,7 @@ import pytest
 from tests import launcher
 from tools import namespaces, vcluster
 from tools.vcluster import ClusterError, VirtualCluster
+from tools.virtual_cluster import shares
 
 TOOL = Path(vcluster.__file__)
 needs_cluster = pytest.mark.cluster
@@ -128,6 +129,21 @@ def test_bytes_count_what_crosses_the_link() -> None:
 
 
 @needs_cluster
+@pytest.mark.parametrize(
+    ("cores", "nodes", "wanted"),
+    [
+        ([0, 1], 2, ["0", "1"]),
+        ([0, 2, 5, 7, 9], 2, ["0,2", "5,7,9"]),
+        ([0, 1], 1, ["0,1"]),
+        ([3, 4], 3, ["3,4"] * 3),
+    ],
+)
+def test_nodes_have_cores_of_their_own_where_there_are_enough(
+    cores: list[int], nodes: int, wanted: list[str]
+) -> None:
+    assert shares(cores, nodes) == wanted
+
+
 def test_nodes_share_files_but_not_memory_processes_or_temporary_folders() -> None:
     """A file in /dev/shm or TMPDIR of node0 is not in node1."""
 

@@ -458,7 +458,7 @@ def test_a_buffer_bound_in_parts(opened: Open) -> None:
 
 
 def test_waiting_costs_little_of_a_core(opened: Open) -> None:
-    """Not a timing: a thread that spins would use all of the time it waits."""
+    """Not a timing: a rank that spins would use all of the time it waits."""
     collectives = opened(0)
     runtime = collectives.runtime
     if runtime.size == 1:
@@ -467,13 +467,10 @@ def test_waiting_costs_little_of_a_core(opened: Open) -> None:
     collective = collectives.allreduce(buffer, dtype_of("float32"))
     if runtime.rank == runtime.size - 1:
         time.sleep(1.0)
+    before = time.process_time()
     collective.start()
     collective.wait()
-    runtime.barrier()
-    deadline = time.monotonic() + 5
-    while collectives.progress.cpu_s == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert collectives.progress.cpu_s < 0.5
+    assert time.process_time() - before < 0.5
 
 
 def test_private_memory_can_be_reduced_too(opened: Open) -> None:

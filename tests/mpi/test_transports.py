@@ -302,7 +302,6 @@ def run_all(progress: Progress, programs: Sequence[Program], order: Sequence[int
 
     def over() -> None:
         left[0] -= 1
-        progress.notify()
 
     jobs = [Job(programs[index], place % 5, 1000, over) for place, index in enumerate(order)]
     for first in range(0, len(jobs), 3):
