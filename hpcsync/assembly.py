@@ -6,6 +6,7 @@ ends all ranks with one line and nobody waits for a rank that is gone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,12 +15,13 @@ import torch
 from torch import nn
 
 from . import banner, data, launch, models
-from .config import CompressConfig, Config
+from .config import CompressConfig, Config, dump
 from .data import Sampler, Source
 from .device import kernels
 from .engine import Engine, ExhaustedError, compile_model, make_optimizer, memory_errors
 from .errors import DataError, UserError
 from .launch import Runtime
+from .observers.trace import Traces
 from .onebit_adam import OneBitAdam
 from .parallel import DataParallel
 from .stopping import StoppedError, StopSignals
@@ -117,8 +119,32 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
         source=source,
         sampler=Sampler(source.train_size, train.global_batch, config.run.seed),
         parallel=parallel,
-        engine=Engine(model, optimizer, parallel, train),
+        engine=Engine(model, optimizer, parallel, train, parallel.collectives.recorder),
     )
+
+
+def traces(config: Config, parts: Parts, run_id: str) -> Traces:
+    """The observer that keeps timing traces; collective."""
+    parallel = parts.parallel
+    topology = parallel.collectives.runtime.topology
+    buckets = [
+        {
+            "index": plan.index,
+            "bytes": plan.nbytes,
+            "elements": plan.numel,
+            "coded": plan.coded_numel,
+        }
+        for plan in parallel.reducer.buckets
+    ]
+    run = {
+        "config": dump(config),
+        "topology": json.dumps([list(ranks) for ranks in topology.nodes]),
+        "codec": config.compress.codec,
+        "algorithm": parallel.reducer.algorithm,
+        "buckets": json.dumps(buckets),
+        "links": "{}",
+    }
+    return Traces(parallel.collectives, config.trace, run, run_id)
 
 
 def _compress(config: Config) -> CompressConfig:

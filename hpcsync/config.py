@@ -28,6 +28,7 @@ from .sections import (
     ModelConfig,
     RunConfig,
     TopologyConfig,
+    TraceConfig,
     TrainConfig,
 )
 from .wording import dotted, suggest
@@ -44,6 +45,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "TopologyConfig",
+    "TraceConfig",
     "TrainConfig",
     "check_ranks",
     "contradictions",
@@ -67,6 +69,7 @@ class Config:
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

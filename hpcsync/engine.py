@@ -25,6 +25,7 @@ from torch.optim import AdamW, Optimizer
 from .config import TrainConfig
 from .errors import HpcsyncError, NonFiniteError, UserError
 from .onebit_adam import OneBitAdam
+from .trace.recorder import BACKWARD, FORWARD, OPTIMIZER, Recorder, now
 from .rules import LossScale, learning_rate
 
 Batch = tuple[Tensor, Tensor]
@@ -76,6 +77,7 @@ class Engine:
         data_parallel: wraps ``model``: called with inputs and targets it gives the mean loss
             of a micro-batch; after the last backward its gradients are means over all ranks.
         config: lengths, precision, clipping and the learning rate.
+        recorder: of the times of each step; made if not given.
     """
 
     def __init__(
@@ -84,11 +86,13 @@ class Engine:
         optimizer: Optimizer,
         data_parallel: DataParallelLike,
         config: TrainConfig,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.data_parallel = data_parallel
         self.config = config
+        self.recorder = recorder or Recorder()
         self.scale = LossScale(config.loss_scale)
         self.momentum = optimizer.momentum if isinstance(optimizer, OneBitAdam) else None
         self.step_count = 0
@@ -111,6 +115,7 @@ class Engine:
         if self.momentum is not None:
             self.momentum.scale = scale
         loss = self._backward(micro_batches, scale)
+        start = now()
         norm = float(self.data_parallel.norm()) / (scale if scaled else 1.0)
         finite = math.isfinite(norm)
         lr = learning_rate(self.config, self.step_count)
@@ -120,6 +125,7 @@ class Engine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+        self.recorder.add(OPTIMIZER, start, now())
         self.scale.update(finite)
         if self.scale.value != scale and scaled:
             self.data_parallel.rescale(self.scale.value / scale)
@@ -193,14 +199,20 @@ class Engine:
     def _backward(self, micro_batches: Sequence[Batch], scale: float) -> Tensor:
         """Accumulate gradients; the mean loss stays a tensor until nothing waits for it."""
         assert micro_batches, "a step without data"
-        last = len(micro_batches) - 1
+        last, recorder = len(micro_batches) - 1, self.recorder
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, (inputs, targets) in enumerate(micro_batches):
             inputs, targets = self._to_device(inputs, targets)
             with nullcontext() if index == last else self.data_parallel.no_sync():
+                start = now()
                 with self._autocast():
                     loss = self.data_parallel(inputs, targets)
+                between = now()
                 (loss * (scale / len(micro_batches))).backward()  # type: ignore[no-untyped-call]
+                # The wait for other ranks at its end is no computation.
+                ended = recorder.joined if recorder.joined > between else now()
+                recorder.add(FORWARD, start, between)
+                recorder.add(BACKWARD, between, ended)
             total += loss.detach().float()
         return total / len(micro_batches)
 

@@ -277,6 +277,17 @@ class CompressConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TraceConfig:
+    """Timing traces, RUN/trace."""
+
+    enabled: bool = key(True, "Write traces. The last spans of each rank are remembered anyway.")
+    every: int = key(10, "Each so many steps one is written; histograms count all.", minimum=1)
+    ring: int = key(
+        16384, "Spans that each rank remembers; 64 bytes each.", minimum=64, maximum=1 << 26
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """What is told on the way."""
 

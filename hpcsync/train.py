@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +140,7 @@ def train(
             lambda: run_folder.make(config, arguments) if runtime.rank == 0 else None,
         )
         info = _info(runtime, config, parts, runtime.bcast(made))
+        observers.join(assembly.traces(config, parts, info.run_id))
         observers.started(info)
         if runtime.rank == 0:
             rows = [*assembly.describe(runtime, config, parts), ("run", str(info.folder))]
@@ -242,8 +242,12 @@ class Loop:
         from . import data
         from .engine import memory_errors
 
-        begin = time.perf_counter()
+        from .trace.recorder import DATA, now
+
         runtime, parts, step = self.runtime, self.parts, self.parts.sampler.step
+        start = now()
+        recorder = parts.engine.recorder
+        recorder.begin_step(step + 1)
         torch.manual_seed(data.step_seed(self.config.run.seed, step, runtime.rank))
         count = self.config.train.accumulate
         codec = parts.parallel.reducer.codec
@@ -254,11 +258,12 @@ class Loop:
                 )
                 for micro in range(count)
             ]
+            recorder.add(DATA, start, now())
             result = parts.engine.step(batches)
         parts.sampler.advance()
-        return self.agree(result, begin, codec)
+        return self.agree(result, start, codec)
 
-    def agree(self, result: StepResult, begin: float, codec: str) -> tuple[StepRecord, int]:
+    def agree(self, result: StepResult, start: int, codec: str) -> tuple[StepRecord, int]:
         """Means over the ranks, and whether to go on: one small allreduce after the optimizer.
 
         Its time is that of waiting for the slowest rank's optimizer, and told apart.
@@ -267,6 +272,7 @@ class Loop:
             NonFiniteError: the loss of any rank is NaN or Inf; on all ranks.
         """
         from .observers import StepRecord
+        from .trace.recorder import AGREEMENT, now
 
         size, comm = self.runtime.size, self.parts.parallel.reducer.stats
         received = self.signals.received
@@ -275,15 +281,18 @@ class Loop:
             *(comm.comm_ms, comm.exposed_comm_ms, comm.internode_bytes),
             *(received == number for number in (signal.SIGINT, signal.SIGTERM)),
         ]
-        before = time.perf_counter()
+        before = now()
         if size > 1:
             values = self.runtime.allreduce_scalar(values)
-        now = time.perf_counter()
+        ended = now()
+        recorder = self.parts.engine.recorder
+        recorder.add(AGREEMENT, before, ended)
+        recorder.end_step(start)
         loss, bad, comm_ms, exposed_ms, internode, interrupted, terminated = values
         if bad:
             self._refuse(result)
-        step_ms = (now - begin) * 1e3
-        waited_ms = (now - before) * 1e3 if size > 1 else 0.0
+        step_ms = (ended - start) / 1e6
+        waited_ms = (ended - before) / 1e6 if size > 1 else 0.0
         exposed_ms /= size
         record = StepRecord(
             step=result.step,

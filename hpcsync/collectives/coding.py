@@ -11,6 +11,7 @@ import numpy as np
 from ..codecs import Codec, Matrix, Moment, Settings, Store
 from ..config import CompressConfig
 from ..device.cpu import narrow, widen
+from ..trace.recorder import Recorder, Span, now
 from ..transports.base import Region
 
 _MASK = (1 << 64) - 1
@@ -48,6 +49,8 @@ class Coding:
         count: elements that are coded, from the region's first on; the rest goes uncoded.
         matrices: the tensors of those elements, in order, for codecs that want them whole.
         seed: of the run and this allreduce.
+        recorder: of the times of coding.
+        bucket: index, for the trace.
     """
 
     codec: Codec
@@ -56,6 +59,12 @@ class Coding:
     matrices: tuple[Matrix, ...] = ()
     seed: int = 0
     clock: Clock = field(default_factory=Clock)
+    recorder: Recorder = field(default_factory=lambda: Recorder(2))
+    bucket: int = -1
+
+    def note(self, span: Span, start: int, nbytes: int) -> None:
+        """Record coding from ``start`` until now that took or gave so many bytes."""
+        self.recorder.add(span, start, now(), nbytes, self.bucket)
 
     def moment(self, start: int, part: int, rank: int) -> Moment:
         """Now, for the coding by ``rank`` of a part of the elements from ``start`` on."""

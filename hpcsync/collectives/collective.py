@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..trace.recorder import BUCKET, QUEUED, WIRE, Recorder, now
 from ..transports.base import Program, Wait
 from .coding import Held
 from .progress import Job, Progress
@@ -39,9 +39,14 @@ class Segment(Job):
         self._level = "not started"
 
     def run(self) -> Iterator[Wait]:
+        whole = self._collective
+        whole.begun()
         for stage in self.stages:
             self._level = stage.level
+            start = now()
             yield from stage.program.run()
+            sent, parent = stage.internode_bytes, whole.number
+            whole.recorder.add(WIRE[stage.level], start, now(), sent, whole.bucket, parent)
 
     def finished(self) -> None:
         self._collective.segment_finished()
@@ -59,10 +64,23 @@ class Collective:
         algorithm: the algorithm that was chosen.
         started_s, finished_s: ``time.perf_counter`` of the last run.
         held: what codecs remember on this rank.
+        bucket: index of the bucket that it carries, or -1.
+        number: of the last run, in the trace.
     """
 
-    def __init__(self, progress: Progress, label: str, nbytes: int, algorithm: str) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        label: str,
+        nbytes: int,
+        algorithm: str,
+        recorder: Recorder,
+        bucket: int = -1,
+    ) -> None:
         self.label = label
+        self.recorder = recorder
+        self.bucket = bucket
+        self.number = 0
         self.nbytes = nbytes
         self.algorithm = algorithm
         self.started_s = 0.0
@@ -71,6 +89,8 @@ class Collective:
         self._progress = progress
         self._segments: list[Segment] = []
         self._open = 0
+        self._launched = 0
+        self._waits_to_begin = False
 
     def add_segment(self, nbytes: int, stages: Sequence[Stage]) -> None:
         self._segments.append(Segment(self, len(self._segments), nbytes, list(stages)))
@@ -87,7 +107,10 @@ class Collective:
         """
         assert self._open == 0, f"{self.label} is already running"
         self._open = len(self._segments)
-        self.started_s = time.perf_counter()
+        self._launched = now()
+        self.started_s = self._launched / 1e9
+        self.number = self.recorder.number()
+        self._waits_to_begin = True
         for segment in self._segments:
             segment.priority = priority
         self._progress.submit(list(self._segments))
@@ -106,10 +129,20 @@ class Collective:
         if self._open:
             self._progress.wait_until(lambda: self._open == 0)
 
+    def begun(self) -> None:
+        """Called when a segment begins, as ``segment_finished``."""
+        if self._waits_to_begin:
+            self._waits_to_begin = False
+            self.recorder.add(QUEUED, self._launched, now(), 0, self.bucket, self.number)
+
     def segment_finished(self) -> None:
         """Called at the end of each segment, by the thread that did the round."""
         if self._open == 1:
-            self.finished_s = time.perf_counter()
+            ended = now()
+            self.finished_s = ended / 1e9
+            self.recorder.add(
+                BUCKET, self._launched, ended, self.nbytes, self.bucket, number=self.number
+            )
         self._open -= 1
 
     def close(self) -> None:

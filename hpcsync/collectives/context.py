@@ -19,6 +19,7 @@ from ..config import CommConfig
 from ..device import DType, dtype_of, get, kernels
 from ..errors import UserError
 from ..launch import Runtime
+from ..trace.recorder import Recorder
 from ..transports.base import Buffer, Region, private_buffer
 from ..transports.mpi_host import Completions, MpiHost
 from ..transports.shared_memory import SharedMemory, SharedMemoryError
@@ -46,10 +47,14 @@ class Collectives:
     Args:
         runtime: the job.
         config: the ``comm`` section of the deck.
+        recorder: of this rank's times; made if not given.
     """
 
-    def __init__(self, runtime: Runtime, config: CommConfig) -> None:
+    def __init__(
+        self, runtime: Runtime, config: CommConfig, recorder: Recorder | None = None
+    ) -> None:
         self.runtime = runtime
+        self.recorder = recorder or Recorder()
         self.config = config
         self.topology = runtime.topology
         self.device = get("cpu")
@@ -140,6 +145,7 @@ class Collectives:
         label: str = "allreduce",
         coding: Coding | None = None,
         config: CommConfig | None = None,
+        bucket: int = -1,
     ) -> Collective:
         """Bind an allreduce to ``count`` elements from byte ``offset`` of ``buffer`` on.
 
@@ -149,6 +155,7 @@ class Collectives:
             label: name in reports.
             coding: how the first elements are coded; floating dtypes only.
             config: the ``comm`` section for this one, if not that of all.
+            bucket: index of the bucket that it carries, for the trace.
         """
         if coding is not None and not dtype.floating:
             raise UserError(
@@ -159,7 +166,9 @@ class Collectives:
         if count is None:
             count = (buffer.nbytes - offset) // dtype.itemsize
         name = choice.resolve(config, self.topology, dtype, algorithm)
-        collective = Collective(self.progress, label, count * dtype.itemsize, name)
+        collective = Collective(
+            self.progress, label, count * dtype.itemsize, name, self.recorder, bucket
+        )
         ways = Ways(self.topology, self.runtime.rank, self.world, self.node, self.rail, self.shared)
         binding = Binding(ways, config, name, self.runtime.size if average else 1, self._next_tag)
         whole = Region(buffer, offset, count, dtype)

@@ -15,6 +15,7 @@ from ..codecs.base import SENDER
 from ..config import CommConfig
 from ..device import dtype_of
 from ..schedules.base import Kind
+from ..trace.recorder import DECODE, ENCODE, now
 from ..transports.base import Program, Region, Transport, Wait, private_buffer, sent_bytes
 from . import choice
 from .coding import Coding, Held, Window
@@ -89,9 +90,13 @@ class Summed(Program):
                 self._store,
                 moment,
             )
+            start = now()
             while (index := _next(rounds)) is not None:
+                self._coding.note(ENCODE, start, self._arrays[index].nbytes)
                 if self._arrays[index].shape[0]:
                     yield from self._programs[index].run()
+                start = now()
+            self._coding.note(DECODE, start, sum(each.nbytes for each in self._arrays))
 
     def close(self) -> None:
         for program in self._programs:

@@ -21,6 +21,7 @@ from ..codecs.base import OWNER, SENDER, Bytes, Floats
 from ..device.kernels import empty_bytes
 from ..errors import HpcsyncError
 from ..schedules import chunk_bounds
+from ..trace.recorder import COMBINE, DECODE, ENCODE, now
 from ..transports.base import Parcel, Program, Region, Transport, Wait
 from .coding import Coding, Held, Window
 from .tail import Tailed
@@ -104,18 +105,23 @@ class TwoPass(Program):
         sent = []
         with self._window.opened() as values:
             for index, who in enumerate(self._owners):
-                out = self._coded[index]
+                out, start = self._coded[index], now()
                 used = self._codecs[who].encode(
                     values[self._parts[who]], out, self._stores[who], self._moment(who)
                 )
+                self._coding.note(ENCODE, start, used)
                 sent.append(mail.send(index, self._fitting(used, out)))
             yield given
             if self._givers:
+                start = now()
                 used = self._fitting(self._combine(values[self._parts[rank]]), self._mean)
+                self._coding.note(COMBINE, start, used)
                 sent += [mail.send(owners + index, used) for index in range(givers)]
             yield means
             for who, data in zip(self._owners, self._means, strict=True):
+                start = now()
                 self._codecs[who].decode(data, values[self._parts[who]])
+                self._coding.note(DECODE, start, data.shape[0])
             yield from sent
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ class Bucket:
             parameter's shape and strides.
         pending: parameters whose gradient has not come in this backward pass.
         launched: whether the exchange of this backward pass has been started.
+        filling: when the first gradient of this backward pass came, or 0.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Bucket:
         self.params = [params[index] for index in plan.params]
         self.pending = len(self.params)
         self.launched = False
+        self.filling = 0
         self._alone = collectives.runtime.size == 1
         memory = arena.own[offset : offset + plan.nbytes]
         self._flat = torch.from_numpy(memory).view(getattr(torch, plan.dtype))
@@ -72,6 +74,7 @@ class Bucket:
             offset=offset,
             average=True,
             label=f"bucket {plan.index}",
+            bucket=plan.index,
             coding=coding,
             config=comm,
         )
@@ -134,6 +137,7 @@ class Bucket:
         """Be ready for the next backward pass."""
         self.pending = len(self.params)
         self.launched = False
+        self.filling = 0
 
 
 def _strides(param: Tensor) -> tuple[int, ...]:

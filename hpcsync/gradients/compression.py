@@ -36,6 +36,7 @@ class Compression:
     def __post_init__(self) -> None:
         self.steps = 0
         self.clock = Clock()
+        self._recorder = self.collectives.recorder
         self.codec: Codec | None = None
         self._settings = settings_of(self.config, self.seed)
         self.use("none" if self.config.codec == "auto" else self.config.codec)
@@ -90,6 +91,8 @@ class Compression:
             ),
             seed=zlib.crc32(f"{self.seed} {plan.index}".encode()),
             clock=self.clock,
+            recorder=self._recorder,
+            bucket=plan.index,
         )
 
 

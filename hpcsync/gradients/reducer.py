@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..collectives import Collectives
 from ..config import CommConfig
 from ..errors import HpcsyncError, ModelError, UserError
+from ..trace.recorder import EXPOSED, FILL, now
 from . import memory
 from .auto import Auto
 from .bucket import Bucket, Transform
@@ -330,6 +331,8 @@ class Reducer:
         self._came[index] = True
         if not self._ordered:
             self._ready.append(index)
+        if bucket.pending == len(bucket.params):
+            bucket.filling = now()
         bucket.pending -= 1
         if bucket.pending == 0 and self._config.overlap:
             self._launch(bucket)
@@ -345,6 +348,9 @@ class Reducer:
 
     def _launch(self, bucket: Bucket) -> None:
         used = [self._used[index] for index in bucket.plan.params]
+        if bucket.filling:
+            recorder = self._collectives.recorder
+            recorder.add(FILL, bucket.filling, now(), bucket.plan.nbytes, bucket.plan.index)
         # Later buckets hold the layers at the front, which the next step needs first.
         priority = -bucket.plan.index if self._config.priority else 0
         bucket.launch(used, priority)
@@ -360,10 +366,13 @@ class Reducer:
                 if not bucket.launched:
                     self._fill_unused(bucket)
                     self._launch(bucket)
-            began = time.perf_counter()
+            recorder, start = self._collectives.recorder, now()
+            recorder.joined = start
             for bucket in self._buckets:
                 bucket.collective.wait()
-            waited = time.perf_counter() - began
+            ended = now()
+            recorder.add(EXPOSED, start, ended)
+            began, waited = start / 1e9, (ended - start) / 1e9
             self.stats = step_comm([bucket.collective for bucket in self._buckets], waited)
             failed = any(bucket.failed_anywhere() for bucket in self._buckets)
             for index, used in enumerate(self._used):

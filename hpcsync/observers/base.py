@@ -103,6 +103,10 @@ class Observers(Observer):
         self.members = tuple(members)
         self._over = False
 
+    def join(self, member: Observer) -> None:
+        """Tell another one, too, after the others."""
+        self.members = (*self.members, member)
+
     def started(self, info: RunInfo) -> None:
         for member in self.members:
             member.started(info)

@@ -16,6 +16,7 @@ from ..gradients.checks import check_same
 from ..gradients.compression import Compression
 from ..gradients.reducer import Reducer
 from ..launch import Runtime
+from ..trace.recorder import Recorder
 
 
 class DataParallel(nn.Module):
@@ -34,6 +35,7 @@ class DataParallel(nn.Module):
         collectives: to share one with others; made if not given.
         broadcast_buffers: set buffers (running means, say) to rank 0's before each forward pass
             in training; broadcast them before a rank's own evaluation.
+        recorder: of this rank's times, where no ``collectives`` are given; made if not given.
 
     Raises:
         ModelError: the ranks' modules differ, or a parameter is not in host memory.
@@ -50,13 +52,14 @@ class DataParallel(nn.Module):
         transform: Transform | None = None,
         collectives: Collectives | None = None,
         broadcast_buffers: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         super().__init__()
         comm = comm or CommConfig()
         self.module = module
         self.broadcast_buffers = broadcast_buffers
         check_same(runtime, [*module.named_parameters(), *module.named_buffers()])
-        self.collectives = collectives or Collectives(runtime, comm)
+        self.collectives = collectives or Collectives(runtime, comm, recorder)
         compression = _compression(self.collectives, compress, seed)
         self.reducer = Reducer(
             list(module.named_parameters()),

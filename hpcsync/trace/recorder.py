@@ -95,6 +95,13 @@ class Recorder:
         self._main = threading.main_thread().ident
         self.step = 0
         self.parent = 0  # of spans that name none
+        self.joined = 0  # when the last backward pass of this rank began to wait for others
+
+    def move(self, memory: Bytes) -> None:
+        """Record into other memory from now on, ``room(events)`` bytes and zeroed; no thread may
+        record meanwhile."""
+        self.events = (memory.shape[0] - HEADER) // EVENT.itemsize
+        self._memory, self._view, self._stored = memory, memoryview(memory), 0
 
     def number(self) -> int:
         """A span's number, for its children."""

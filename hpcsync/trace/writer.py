@@ -58,11 +58,14 @@ class NodeFile:
     Args:
         folder: RUN/trace; made if need be.
         ranks: attributes of each rank of the node: host, local_rank, pid.
+        part: number of the first part, where several processes write for one node.
     """
 
-    def __init__(self, folder: Path, head: Head, ranks: Mapping[int, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, head: Head, ranks: Mapping[int, Mapping[str, Any]], part: int = 0
+    ) -> None:
         self._folder, self._head, self._ranks = folder, head, ranks
-        self._part = 0
+        self._part = part
         self._spent = 0.0
         self._histograms = {rank: np.zeros((len(LANES), BINS), np.uint64) for rank in ranks}
         self._lost = dict.fromkeys(ranks, 0)

@@ -1,0 +1,112 @@
+"""RUN/trace: timing traces; the collector of each node's first rank writes them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from .. import __version__
+from ..collectives import Collectives
+from ..config import TraceConfig
+from ..trace.clock import Clocks
+from ..trace.collector import Collector, Source, event_cost_ns
+from ..trace.recorder import HEADER, Ring, room
+from ..trace.writer import Head, NodeFile
+from ..transports.base import Buffer, private_buffer
+from ..transports.shared_memory import SharedMemoryError
+from .base import Observer, RunInfo, StepRecord
+
+_CLOCKS_EVERY = 500  # steps; and after the first ones, at doubling distances
+
+
+class Traces(Observer):
+    """Every rank has one: what it does at the events is collective.
+
+    Args:
+        collectives: whose recorder is kept.
+        config: the ``trace`` section of the deck.
+        run: texts for the files, see ``trace.writer.Head``.
+        run_id: of the run.
+    """
+
+    def __init__(
+        self, collectives: Collectives, config: TraceConfig, run: Mapping[str, str], run_id: str
+    ) -> None:
+        self._collectives, self._config, self._run, self._run_id = collectives, config, run, run_id
+        self._runtime = collectives.runtime
+        self._collector: Collector | None = None
+        self._clocks: Clocks | None = None
+        self._buffer = self._ring()
+        collectives.recorder.move(self._buffer.own)
+
+    def started(self, info: RunInfo) -> None:
+        if not self._config.enabled:
+            return
+        runtime, node = self._runtime, self._runtime.topology.node(self._runtime.rank)
+        shared = self._buffer.shared
+        pids = runtime.allgather_object(os.getpid())
+        # Without shared memory each rank can only see itself, and writes a file of its own.
+        mine = node if shared and runtime.rank == node[0] else () if shared else (runtime.rank,)
+        self._clocks = Clocks(runtime)
+        if mine:
+            head = Head(
+                run_id=self._run_id,
+                node=runtime.topology.node_of(runtime.rank),
+                nodes=info.nodes,
+                ranks=runtime.size,
+                every=self._config.every,
+                ring=self._config.ring,
+                hpcsync=__version__,
+                event_cost_ns=event_cost_ns(),
+                run=self._run,
+            )
+            about = {
+                rank: {"host": info.host, "local_rank": node.index(rank), "pid": pids[rank]}
+                for rank in mine
+            }
+            first = 0 if shared else node.index(runtime.rank) * 100
+            file = NodeFile(info.folder / "trace", head, about, first)
+            sources = {}
+            for rank in mine:
+                memory = self._buffer.peer(node.index(rank)) if shared else self._buffer.own
+                sources[rank] = Source(Ring(memory), pids[rank])
+            self._collector = Collector(file, sources, self._config.every)
+            self._collector.start()
+        self._compare()
+
+    def stepped(self, record: StepRecord) -> None:
+        if self._collector is not None and self._collector.problem:
+            text = self._collector.problem
+            print(f"hpcsync: warning: no more traces are written: {text}", file=sys.stderr)
+            self._collector = None
+        step = record.step
+        if self._clocks is not None and (step % _CLOCKS_EVERY == 0 or step & (step - 1) == 0):
+            self._compare()
+
+    def ended(self, status: str, detail: str) -> None:
+        if status == "done" and self._clocks is not None:
+            self._compare()
+            self._clocks.close()
+        if self._collector is not None:
+            self._collector.stop(complete=status == "done")
+
+    def _compare(self) -> None:
+        """Compare clocks; collective."""
+        assert self._clocks is not None
+        rows = self._runtime.allgather_object(self._clocks.compare())
+        if self._collector is not None:
+            for rank in self._collector.ranks:
+                self._collector.add_clock(rank, rows[rank])
+
+    def _ring(self) -> Buffer:
+        """Memory for the ring, which the node's first rank sees if it can; collective."""
+        nbytes = max(room(self._config.ring), HEADER)
+        shared = self._collectives.shared
+        node = self._runtime.topology.node(self._runtime.rank)
+        if shared is None or len(node) == 1:
+            return private_buffer(nbytes)
+        try:
+            return shared.allocate(nbytes, 1)
+        except SharedMemoryError:
+            return private_buffer(nbytes)

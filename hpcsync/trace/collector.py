@@ -1,0 +1,155 @@
+"""From the rings of a node's ranks to its file: a thread of the node's first rank.
+
+    ring of each rank, in memory that the node shares
+        -> every second: what came since, of all ranks
+             -> durations of all steps into histograms
+             -> events of every N-th step, kept
+        -> now and then: the file (writer)
+
+The other ranks do nothing for it but store their events. Flushes are as far apart as keeps their cost
+below ``_SHARE`` of the time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .events import BINS, LANES, MEMORY, Events, bins_of
+from .recorder import Recorder, Ring, now
+from .recorder import STEP as _STEP
+from .writer import NodeFile
+
+_COLLECT_S = 1.0
+_FLUSH_S = 3.0
+_SHARE = 0.002
+_TRIALS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A rank of the node: its ring, and its process for the size of its memory."""
+
+    ring: Ring
+    pid: int
+
+
+class Collector:
+    """Keeps a node's trace file up to date; ``start`` it, and ``stop`` it at the end.
+
+    Args:
+        file: of the node.
+        sources: by rank.
+        every: each so many steps one is written.
+
+    Attributes:
+        problem: why nothing is written any more, if so.
+    """
+
+    def __init__(self, file: NodeFile, sources: Mapping[int, Source], every: int) -> None:
+        self._file, self._sources, self._every = file, sources, every
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._seen_lost = dict.fromkeys(sources, 0)
+        self._remembered = dict.fromkeys(sources, 0)
+        self._thread = threading.Thread(target=self._main, name="hpcsync-trace", daemon=True)
+        self.problem = ""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Whose events it keeps."""
+        return tuple(self._sources)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def add_clock(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Keep measurements of a rank's clock; any thread may."""
+        with self._lock:
+            self._file.add_clock(rank, rows)
+
+    def stop(self, *, complete: bool) -> None:
+        """Write what is left.
+
+        Args:
+            complete: the run ended well.
+        """
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout=30.0)
+        if not self.problem:
+            try:
+                with self._lock:
+                    self._collect()
+                    self._file.flush(complete=complete)
+            except OSError as error:
+                self.problem = str(error)
+
+    def _main(self) -> None:
+        flushed, pause = time.perf_counter(), _FLUSH_S
+        try:
+            while not self._stopping:
+                self._wake.wait(_COLLECT_S)
+                with self._lock:
+                    self._collect()
+                    if time.perf_counter() - flushed > pause:
+                        pause = max(_FLUSH_S, self._file.flush() / _SHARE)
+                        flushed = time.perf_counter()
+        except OSError as error:  # a full disk, say: the run goes on without
+            self.problem = str(error)
+
+    def _collect(self) -> None:
+        for rank, source in self._sources.items():
+            found = source.ring.take()
+            lost = source.ring.lost - self._seen_lost[rank]
+            self._seen_lost[rank] += lost
+            if found.shape[0]:
+                self._file.count(rank, histogram(found), lost)
+                self._file.add(rank, found[found["step"] % self._every == 0])
+                self._remember(rank, source)
+
+    def _remember(self, rank: int, source: Source) -> None:
+        step = source.ring.finished
+        if step > self._remembered[rank]:
+            self._remembered[rank] = step
+            self._file.add_memory(rank, np.array([(step, *memory_of(source.pid))], MEMORY))
+
+
+def histogram(found: Events) -> NDArray[np.uint64]:
+    """Durations by (lane, bin) of events that belong to a step."""
+    of_steps = found[found["step"] > 0]
+    bins = bins_of(of_steps["end"] - of_steps["start"])
+    flat = np.bincount(of_steps["lane"].astype(np.int64) * BINS + bins, minlength=len(LANES) * BINS)
+    return flat.astype(np.uint64).reshape(len(LANES), BINS)
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """Resident and peak bytes of a process; zeros where the system does not tell."""
+    sizes = {"VmRSS": 0, "VmHWM": 0}
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+            key, _, value = line.partition(":")
+            if key in sizes:
+                sizes[key] = int(value.split()[0]) << 10
+    except (OSError, ValueError):
+        pass
+    return sizes["VmRSS"], sizes["VmHWM"]
+
+
+def event_cost_ns() -> float:
+    """What recording one event takes here: the median of some hundreds."""
+    recorder = Recorder(64)
+    taken = np.empty(_TRIALS, np.int64)
+    for index in range(_TRIALS):
+        start = now()
+        recorder.add(_STEP, start, now())
+        taken[index] = now() - start
+    return float(np.median(taken))
