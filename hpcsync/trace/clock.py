@@ -7,7 +7,7 @@ sending and receiving, and taken for the middle it is wrong by half the round tr
 several round trips the shortest counts (Cristian, Probabilistic clock synchronization, Distributed
 Computing 3, 1989). Offsets and uncertainties add up along the way.
 
-Clocks drift by some 10 us a second and more, so the comparison is repeated, and readers interpolate.
+Clocks drift by some 10 us a second and more: the comparison is repeated, and readers interpolate.
 """
 
 from __future__ import annotations

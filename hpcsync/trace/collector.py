@@ -6,8 +6,8 @@
              -> events of every N-th step, kept
         -> now and then: the file (writer)
 
-The other ranks do nothing for it but store their events. Flushes are as far apart as keeps their cost
-below ``_SHARE`` of the time.
+The other ranks do nothing for it but store their events. Flushes are as far apart as keeps their
+cost below ``_SHARE`` of the time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .events import BINS, LANES, MEMORY, Events, bins_of
-from .recorder import Recorder, Ring, now
 from .recorder import STEP as _STEP
+from .recorder import Recorder, Ring, now
 from .writer import NodeFile
 
 _COLLECT_S = 1.0

@@ -84,4 +84,5 @@ def bins_of(durations: NDArray[np.int64]) -> NDArray[np.int64]:
     """The histogram bin of each duration in ns."""
     microseconds = np.maximum(durations, 1) / 1e3
     found = np.floor(2 * np.log2(np.maximum(microseconds, 1e-9))).astype(np.int64)
-    return np.clip(found, 0, BINS - 1)
+    clipped: NDArray[np.int64] = np.clip(found, 0, BINS - 1)
+    return clipped

@@ -1,4 +1,4 @@
-"""Reading the trace of a run: RUN/trace/node0.h5, node1.h5, ...; the format stands in tools/README.md.
+"""Reading the trace of a run, RUN/trace/node0.h5, node1.h5, ... (format: tools/README.md).
 
 Events are read rank by rank, when they are asked for, so that large traces fit. What cannot be read
 is left out and told in ``Trace.problems``.
@@ -128,7 +128,10 @@ class Trace:
         at = np.clip(np.searchsorted(local, times), 1, clock.shape[0] - 1)
         low, high = at - 1, at
         share = (times - local[low]) / np.maximum(local[high] - local[low], 1)
-        return np.rint(offset[low] + share * (offset[high] - offset[low])).astype(np.int64)
+        found: NDArray[np.int64] = np.rint(
+            offset[low] + share * (offset[high] - offset[low])
+        ).astype(np.int64)
+        return found
 
     def clock(self, rank: int) -> NDArray[np.void]:
         """Measurements of a rank's clock, dtype ``events.CLOCK``, in order of time."""
@@ -239,7 +242,11 @@ def _find(given: Path) -> tuple[list[Path], Path]:
     if given.is_file():
         return [given], given.parent.parent
     for folder in (given / FOLDER, given):
-        found = [(match, path) for path in folder.glob("node*.h5") if (match := _FILE.fullmatch(path.name))]
+        found = [
+            (match, path)
+            for path in folder.glob("node*.h5")
+            if (match := _FILE.fullmatch(path.name))
+        ]
         if found:
             found.sort(key=lambda each: (int(each[0][1]), int(each[0][2] or 0)))
             return [path for _, path in found], folder.parent if folder.name == FOLDER else folder

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
-from time import perf_counter_ns as now
+from time import perf_counter_ns
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from .events import EVENT, LANE, NAMES, Events
 
 HEADER = 64
 _EVENT = struct.Struct("<qqqqqiiHBBI")
+now = perf_counter_ns
 _pack = _EVENT.pack_into
 _pack_count = struct.Struct("<q").pack_into
 assert _EVENT.size == EVENT.itemsize

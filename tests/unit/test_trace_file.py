@@ -55,7 +55,9 @@ def some(count: int, seed: int) -> Events:
     return found
 
 
-def node_file(run: Path, node: int, complete: bool = True, run_id: str = "abc") -> dict[int, Events]:
+def node_file(
+    run: Path, node: int, complete: bool = True, run_id: str = "abc"
+) -> dict[int, Events]:
     """Write a node's file in two flushes; the events of its ranks."""
     ranks = TOPOLOGY[node]
     file = NodeFile(run / "trace", head(node, run_id), about(*ranks))

@@ -113,4 +113,4 @@ def test_every_name_has_a_span() -> None:
     assert sorted(span.name for span in spans) == list(range(len(NAMES)))
     for span in spans:
         assert NAMES[span.name][1] == LANES[span.lane]
-    assert EVENT.itemsize == 64
+    assert EVENT.itemsize == 56
