@@ -25,6 +25,7 @@ from .sections import (
     CompressConfig,
     DataConfig,
     LogConfig,
+    MetricsConfig,
     ModelConfig,
     RunConfig,
     TopologyConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "LogConfig",
+    "MetricsConfig",
     "ModelConfig",
     "RunConfig",
     "TopologyConfig",
@@ -70,6 +72,7 @@ class Config:
     comm: CommConfig = field(default_factory=CommConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

@@ -22,6 +22,7 @@ KINDS = {
     "str": "a text",
     "float | str": "a number",
     "tuple[str, ...]": "a list of texts",
+    "tuple[int, ...]": "a list of whole numbers",
     "Mapping[str, Any]": "a table",
 }
 INT_MAX = 2**63 - 1
@@ -98,6 +99,8 @@ class Key:
             return value
         if self.kind == "tuple[str, ...]" and isinstance(value, str | list | tuple):
             return self._check_list(value)
+        if self.kind == "tuple[int, ...]" and not isinstance(value, bool):
+            return self._check_numbers(value)
         if "str" in self.kind.split(" | ") and isinstance(value, str):
             return self._check_text(value)
         # A bool is an int to Python, but not to whoever wrote the deck.
@@ -125,6 +128,17 @@ class Key:
         if self.rule.required and not texts:
             raise ValueError("must not be empty")
         return texts
+
+    def _check_numbers(self, value: object) -> tuple[int, ...]:
+        """A list of whole numbers, or one alone; on a command line also ``0,1``."""
+        items: Any = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, str):
+            texts = [item.strip() for item in value.split(",")]
+            items = [int(text) if text.isdecimal() and len(text) < 20 else text for text in texts]
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise ValueError(f"must be {self.accepts()}, and one of them is {describe(item)}")
+        return tuple(self._check_number(item) for item in items)
 
     def _check_text(self, text: str) -> str:
         if self.rule.choices and text not in self.rule.choices:

@@ -283,8 +283,31 @@ class TraceConfig:
     enabled: bool = key(True, "Write traces. The last spans of each rank are remembered anyway.")
     every: int = key(10, "Each so many steps one is written; histograms count all.", minimum=1)
     ring: int = key(
-        16384, "Spans that each rank remembers; 64 bytes each.", minimum=64, maximum=1 << 26
+        16384, "Spans that each rank remembers; 56 bytes each.", minimum=64, maximum=1 << 26
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """Metrics for other programs: Prometheus, by a file or by HTTP, and TensorBoard."""
+
+    textfile: str = key(
+        "",
+        "File for the textfile collector of Prometheus's node exporter, which rank 0 replaces "
+        "every second; it takes those named *.prom in its folder. With {rank} in it, each rank "
+        "writes its own. Empty: none.",
+    )
+    http_port: int = key(
+        0,
+        "Port for Prometheus on the ranks of metrics.http_ranks, on all addresses of their hosts; "
+        "further ranks of a node take the ports after it, in order. 0: none.",
+        minimum=0,
+        maximum=65535,
+    )
+    http_ranks: tuple[int, ...] = key(
+        (0,), "Ranks that answer on metrics.http_port, those that the job has.", minimum=0
+    )
+    tensorboard: bool = key(False, "Write curves for TensorBoard, RUN/tensorboard.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

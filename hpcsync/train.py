@@ -12,6 +12,7 @@ import contextlib
 import io
 import math
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     with launch.start(TopologyConfig()) as job:
         arguments, config = _read(job, argv)
     with launch.start(config.topology, config.comm.timeout_s) as runtime:
-        watchers = observers.standard(runtime.rank)
+        watchers = observers.standard(runtime.rank, config.metrics)
 
         def give_up(status: int) -> None:
             _say(runtime, "the step did not end in time after the signal; ending without it")
@@ -139,7 +140,8 @@ def train(
             "run folder",
             lambda: run_folder.make(config, arguments) if runtime.rank == 0 else None,
         )
-        info = _info(runtime, config, parts, runtime.bcast(made))
+        folder, run_id = runtime.bcast((made, secrets.token_hex(4)))
+        info = _info(runtime, config, parts, folder, run_id)
         observers.join(assembly.traces(config, parts, info.run_id))
         observers.started(info)
         if runtime.rank == 0:
@@ -179,7 +181,7 @@ def _ended(observers: Observers, status: str, detail: str) -> None:
         print(f"hpcsync: warning: the run's files are not complete: {text}", file=sys.stderr)
 
 
-def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path) -> RunInfo:
+def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path, run_id: str) -> RunInfo:
     from .observers import RunInfo
 
     source = parts.source
@@ -196,6 +198,9 @@ def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path) -> RunIn
         codec=config.compress.codec,
         algorithm=parts.parallel.reducer.algorithm,
         every_s=config.log.every_s,
+        run_id=run_id,
+        node=runtime.topology.node_of(runtime.rank),
+        local_rank=runtime.local_rank,
     )
 
 
@@ -241,7 +246,6 @@ class Loop:
 
         from . import data
         from .engine import memory_errors
-
         from .trace.recorder import DATA, now
 
         runtime, parts, step = self.runtime, self.parts, self.parts.sampler.step

@@ -1,6 +1,6 @@
 """The contract of an observer, and what the loop tells it.
 
-    started -> evaluated? -> (evaluated? -> stepped)* -> ended
+    started -> evaluated? -> (evaluated? -> measured? -> stepped)* -> ended
 
 A step's held-out loss is told before the step itself, so that one row can hold both. ``ended``
 comes once, whatever way the run ends.
@@ -28,6 +28,8 @@ class RunInfo:
         codec: as the deck says.
         algorithm: how gradients are summed, as the reducer chose it.
         every_s: seconds between progress lines in a log file.
+        run_id: short name that no other run has; in every file, line and metric of this one.
+        node: that this rank is on, from 0; ``local_rank`` is its place there.
     """
 
     folder: Path
@@ -42,6 +44,9 @@ class RunInfo:
     codec: str
     algorithm: str
     every_s: float
+    run_id: str = ""
+    node: int = 0
+    local_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +82,59 @@ class StepRecord:
     codec: str = "none"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelDetail:
+    """What this rank's exchange did at one level in a step.
+
+    Attributes:
+        level: ``node``, ``rail`` or ``world``.
+        codec: that was used there, or ``none``.
+        sent_bytes: sent to other nodes, coded if there is a codec.
+        plain_bytes: the same before coding; None where nobody counts them.
+        busy_s: in which at least one transfer was under way.
+        transfers_s: duration of each transfer.
+    """
+
+    level: str
+    codec: str = "none"
+    sent_bytes: float = 0.0
+    plain_bytes: float | None = None
+    busy_s: float = 0.0
+    transfers_s: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDetail:
+    """One step as this rank alone saw it; what was not measured is None.
+
+    Attributes:
+        data_s: until its batches were there.
+        update_s: of clipping and the optimizer.
+        queued: most buckets that were ready and not yet on the way, at once.
+        stalls: times that transfers were under way and none moved for a second.
+        checkpoint_s: that a checkpoint took, if one was written.
+    """
+
+    data_s: float | None = None
+    update_s: float | None = None
+    queued: int | None = None
+    stalls: int | None = None
+    checkpoint_s: float | None = None
+    levels: Sequence[LevelDetail] = ()
+
+
 class Observer:
     """Does nothing at each event; a member overrides what it wants."""
 
     def started(self, info: RunInfo) -> None:
         """The run folder is there and the first step is next."""
+
+    def wants_detail(self) -> bool:
+        """Whether ``measured`` is worth its cost on this rank."""
+        return False
+
+    def measured(self, detail: StepDetail) -> None:
+        """What this rank measured in a step, told before the step itself."""
 
     def stepped(self, record: StepRecord) -> None:
         """A step is done on every rank."""
@@ -110,6 +163,13 @@ class Observers(Observer):
     def started(self, info: RunInfo) -> None:
         for member in self.members:
             member.started(info)
+
+    def wants_detail(self) -> bool:
+        return any(member.wants_detail() for member in self.members)
+
+    def measured(self, detail: StepDetail) -> None:
+        for member in self.members:
+            member.measured(detail)
 
     def stepped(self, record: StepRecord) -> None:
         for member in self.members:

@@ -1,4 +1,4 @@
-"""log.jsonl: what happened, an object a line, each with time, rank and host.
+"""log.jsonl: what happened, an object a line, each with time, run id, step, rank and host.
 
 Rank 0 writes the course of the run; another rank writes only of a failure of its own. Lines
 are appended whole, so that ranks do not cut into each other's.
@@ -21,6 +21,7 @@ class Log(Observer):
     def __init__(self) -> None:
         self._info: RunInfo | None = None
         self._begin = time.monotonic()
+        self._step = 0
 
     def started(self, info: RunInfo) -> None:
         self._info = info
@@ -41,10 +42,10 @@ class Log(Observer):
             self._write("evaluated", step=step, val_loss=loss, unit=self._info.val_unit)
 
     def stepped(self, record: StepRecord) -> None:
+        self._step = record.step
         if record.skipped and self._info is not None and self._info.rank == 0:
             self._write(
                 "skipped",
-                step=record.step,
                 reason="gradients are not finite",
                 loss_scale=record.loss_scale,
             )
@@ -62,6 +63,8 @@ class Log(Observer):
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "elapsed_s": round(time.monotonic() - self._begin, 3),
+            "run_id": self._info.run_id,
+            "step": self._step,
             "rank": self._info.rank,
             "host": self._info.host,
             "event": event,

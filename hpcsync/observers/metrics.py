@@ -9,8 +9,8 @@ from typing import TextIO
 
 from .base import Observer, RunInfo, StepRecord
 
-# The held-out loss stands last, empty where it was not measured.
-COLUMNS = (*(entry.name for entry in fields(StepRecord)), "val_loss")
+# The held-out loss is empty where it was not measured.
+COLUMNS = (*(entry.name for entry in fields(StepRecord)), "val_loss", "run_id")
 
 
 class Metrics(Observer):
@@ -19,8 +19,10 @@ class Metrics(Observer):
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._val: tuple[int, float] | None = None
+        self._run_id = ""
 
     def started(self, info: RunInfo) -> None:
+        self._run_id = info.run_id
         path: Path = info.folder / "metrics.csv"
         self._file = path.open("w", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -32,7 +34,7 @@ class Metrics(Observer):
     def stepped(self, record: StepRecord) -> None:
         if self._file is None:
             return
-        row = asdict(record)
+        row = {**asdict(record), "run_id": self._run_id}
         if self._val is not None and self._val[0] == record.step:
             row["val_loss"] = self._val[1]
         self._writer.writerow(_text(row.get(name, "")) for name in COLUMNS)

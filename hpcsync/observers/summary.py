@@ -26,10 +26,11 @@ WINDOW = 10_000
 class Summary(Observer):
     """Writes RUN/summary.json.
 
-    Keys: ranks, nodes, steps (done), loss_first, loss_last (nats), val_loss, val_loss_first,
-    val_unit, tokens_per_s, step_ms, compute_ms, comm_ms, exposed_comm_ms, wait_ms (medians),
-    overlap (share of the communication that was hidden, 0 to 1), internode_bytes_per_step, skipped,
-    wall_s, codec, algorithm, status, detail. A value that was not measured, NaN or Inf is null.
+    Keys: run_id, ranks, nodes, steps (done), loss_first, loss_last (nats), val_loss,
+    val_loss_first, val_unit, tokens_per_s, step_ms, compute_ms, comm_ms, exposed_comm_ms, wait_ms
+    (medians), overlap (share of the communication that was hidden, 0 to 1),
+    internode_bytes_per_step, skipped, wall_s, codec, algorithm, status, detail. A value that was
+    not measured, NaN or Inf is null.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,7 @@ class Summary(Observer):
                 self._write(info, status, detail)
             elif status == "failed":
                 known = _read(info.folder / "summary.json") or {
+                    "run_id": info.run_id,
                     "ranks": info.ranks,
                     "nodes": info.nodes,
                 }
@@ -84,6 +86,7 @@ class Summary(Observer):
         step_ms = _median(recent, "step_ms")
         comm_ms, exposed_ms = _median(recent, "comm_ms"), _median(recent, "exposed_comm_ms")
         values = {
+            "run_id": info.run_id,
             "ranks": info.ranks,
             "nodes": info.nodes,
             "steps": last.step if last else 0,

@@ -49,6 +49,8 @@ def values_of(key: schema.Key) -> st.SearchStrategy[object]:
     if key.kind == "int":
         low = int(rule.minimum) if rule.minimum is not None else -(2**63) + 1
         return st.integers(low, int(rule.maximum or 2**63 - 1))
+    if key.kind == "tuple[int, ...]":
+        return st.lists(st.integers(0, 2**63 - 1), max_size=4).map(tuple)
     if key.kind == "Mapping[str, Any]":
         return st.dictionaries(texts(), plain_values(), max_size=4)
     if key.name in ("compress.codec", "compress.allow"):
