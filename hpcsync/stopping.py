@@ -3,7 +3,7 @@
 mpirun answers Ctrl-C by SIGTERM to every rank and, a quarter of a second later, SIGKILL, while a
 step may take seconds and Python runs signal handlers only between two steps of the interpreter.
 So a thread is woken through a pipe the moment the signal comes; it has the summary written at
-once, and ends the process if no step boundary is reached in time.
+once, and ends the process if no step boundary is reached in time. The same thread answers SIGQUIT.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class StopSignals:
 
     Attributes:
         received: number of the first signal that came, 0 before.
+        on_quit: called from the thread when SIGQUIT comes; nothing is done if not set.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StopSignals:
     ) -> None:
         """``on_signal(name)`` and ``give_up(status)`` are called from the thread."""
         self.received = 0
+        self.on_quit: Callable[[], None] | None = None
         self._on_signal = on_signal
         self._give_up = give_up
         self._grace_s = grace_s
@@ -68,6 +70,7 @@ class StopSignals:
         os.set_blocking(self._write, False)
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
+        self._before[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, _leave_to_thread)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="hpcsync-signals", daemon=True)
         self._thread.start()
@@ -97,8 +100,15 @@ class StopSignals:
             if not data:
                 return
             number = data[0]
+            if number == signal.SIGQUIT and self.on_quit is not None:
+                with contextlib.suppress(Exception):
+                    self.on_quit()
         self.received = self.received or number
         with contextlib.suppress(Exception):  # say, a full disk: the job must end all the same
             self._on_signal(signal.Signals(number).name)
         if not self._over.wait(self._grace_s):
             self._give_up(128 + number)
+
+
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    """The thread has been woken: a handler would wait for the main thread."""

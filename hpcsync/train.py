@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 from . import config as configs
 from .arguments import Arguments, parse
 from .config import Config, TopologyConfig
-from .errors import HpcsyncError, NonFiniteError, UserError
+from .errors import CollectiveTimeout, HpcsyncError, NonFiniteError, UserError
 from .stopping import StoppedError, StopSignals
 
 if TYPE_CHECKING:
@@ -131,6 +131,9 @@ def train(
 ) -> int:
     """Build everything, train, and tell the observers how it ended."""
     from . import assembly, banner, run_folder
+    from .hangs import Hangs
+
+    hangs: Hangs | None = None
 
     try:
         parts = assembly.assemble(runtime, config, signals)
@@ -143,6 +146,8 @@ def train(
         folder, run_id = runtime.bcast((made, secrets.token_hex(4)))
         info = _info(runtime, config, parts, folder, run_id)
         observers.join(assembly.traces(config, parts, info.run_id))
+        hangs = Hangs(parts.parallel.collectives, folder / "trace", run_id)
+        signals.on_quit = hangs.signalled
         observers.started(info)
         if runtime.rank == 0:
             rows = [*assembly.describe(runtime, config, parts), ("run", str(info.folder))]
@@ -155,6 +160,12 @@ def train(
             observers=observers,
             signals=signals,
         ).run()
+        hangs.close()
+    except CollectiveTimeout:
+        if hangs is not None:
+            hangs.timed_out()
+        _ended(observers, "failed", "a collective is stuck")
+        raise
     except StoppedError as stop:
         _ended(observers, "interrupted", str(stop))
         _say(runtime, str(stop))

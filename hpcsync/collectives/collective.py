@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..trace.recorder import BUCKET, QUEUED, WIRE, Recorder, now
 from ..transports.base import Program, Wait
 from .coding import Held
-from .progress import Job, Progress
+from .progress import Job, Place, Progress
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Segment(Job):
         self._index = index
         self._level = "not started"
 
+    def rewind(self, priority: int) -> None:
+        """Be ready for another run."""
+        self.priority, self._level = priority, "not started"
+
     def run(self) -> Iterator[Wait]:
         whole = self._collective
         whole.begun()
@@ -50,6 +54,9 @@ class Segment(Job):
 
     def finished(self) -> None:
         self._collective.segment_finished()
+
+    def place(self) -> Place:
+        return Place(self._collective.label, self._collective.runs, self._index, self._level)
 
     def describe(self) -> str:
         return f"{self._collective.label} segment {self._index} at level {self._level}"
@@ -66,6 +73,7 @@ class Collective:
         held: what codecs remember on this rank.
         bucket: index of the bucket that it carries, or -1.
         number: of the last run, in the trace.
+        runs: started so far.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class Collective:
         self.recorder = recorder
         self.bucket = bucket
         self.number = 0
+        self.runs = 0
         self.nbytes = nbytes
         self.algorithm = algorithm
         self.started_s = 0.0
@@ -110,9 +119,10 @@ class Collective:
         self._launched = now()
         self.started_s = self._launched / 1e9
         self.number = self.recorder.number()
+        self.runs += 1
         self._waits_to_begin = True
         for segment in self._segments:
-            segment.priority = priority
+            segment.rewind(priority)
         self._progress.submit(list(self._segments))
 
     @property

@@ -82,6 +82,13 @@ class Collectives:
         while self._comms:
             self._comms.pop().Free()
 
+    def reached(self) -> dict[str, int]:
+        """How many runs of each collective were started on this rank, by label."""
+        found: dict[str, int] = {}
+        for collective in list(self._bound):
+            found[collective.label] = max(found.get(collective.label, 0), collective.runs)
+        return found
+
     def describe_transports(self) -> dict[str, str]:
         """The transport of each level that gradients go through, by level."""
         levels: dict[str, str] = {}

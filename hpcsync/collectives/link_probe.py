@@ -11,7 +11,7 @@ import numpy as np
 from ..launch import Runtime
 from ..transports.base import Mail, Parcel, Transport, Wait
 from .costs import LinkCost
-from .progress import Job, Progress
+from .progress import Job, Place, Progress
 
 _TAG = 0  # which no collective has
 _MESSAGE = 1 << 19  # bytes, as a segment's share has
@@ -107,3 +107,6 @@ class _Message(Job):
 
     def describe(self) -> str:
         return "the probe of the link"
+
+    def place(self) -> Place:
+        return Place("the probe of the link", 0, 0, "")

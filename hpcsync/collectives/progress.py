@@ -35,7 +35,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import CollectiveTimeout, HpcsyncError
 from ..transports.base import Wait
@@ -61,6 +61,26 @@ class Job(Protocol):
     def finished(self) -> None: ...
 
     def describe(self) -> str: ...
+
+    def place(self) -> Place: ...
+
+
+class Place(NamedTuple):
+    """Where a job is.
+
+    Attributes:
+        label: of its collective, the same on all ranks.
+        run: how many runs of the collective were started here.
+        segment: of the collective.
+        level: that it has come to.
+        waits: for what, in words.
+    """
+
+    label: str
+    run: int
+    segment: int
+    level: str
+    waits: str = ""
 
 
 class _Active:
@@ -140,7 +160,7 @@ class Progress:
         Raises:
             Exception: whatever a job raised.
         """
-        if self._busy and time.perf_counter() - self._driven_s > _BREATH_S:
+        if self._incoming or (self._busy and time.perf_counter() - self._driven_s > _BREATH_S):
             self._driven_s = time.perf_counter()
             self._try_round()
 
@@ -172,6 +192,15 @@ class Progress:
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+
+    def standing(self) -> list[Place]:
+        """Where all jobs are that are under way or wait to begin; any thread may ask."""
+        moving = [
+            each.job.place()._replace(waits=each.wait.describe() if each.wait else "")
+            for each in list(self._active)
+        ]
+        waiting = [job for _, _, job in list(self._pending)] + list(self._incoming)
+        return moving + [job.place() for job in waiting]
 
     @property
     def _busy(self) -> bool:

@@ -1,9 +1,9 @@
 """Timing traces: spans of every rank, on clocks that can be compared.
 
-    recorder   the last spans of a rank, in memory
-    clock      what the ranks' clocks differ by
-    file       HDF5 files, one a node: written while the run goes on, read by ``open``
-    analysis   what tools/trace.py tells of them
+recorder   the last spans of a rank, in memory
+clock      what the ranks' clocks differ by
+file       HDF5 files, one a node: written while the run goes on, read by ``open``
+analysis   what tools/trace.py tells of them
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Recorder:
             memory = np.zeros(room(events), np.uint8)
         self.events = (memory.shape[0] - HEADER) // EVENT.itemsize
         self._memory = memory
-        self._view = memoryview(memory)
+        self._view = memory.data
         self._numbers = itertools.count(1)
         self._stored = 0
         self._lock = threading.Lock()
@@ -102,7 +102,7 @@ class Recorder:
         """Record into other memory from now on, ``room(events)`` bytes and zeroed; no thread may
         record meanwhile."""
         self.events = (memory.shape[0] - HEADER) // EVENT.itemsize
-        self._memory, self._view, self._stored = memory, memoryview(memory), 0
+        self._memory, self._view, self._stored = memory, memory.data, 0
 
     def number(self) -> int:
         """A span's number, for its children."""
@@ -190,9 +190,10 @@ class Ring:
         # The slot behind the newest may be half written.
         size, stop = self._slots.shape[0] - 1, int(self._counts[0])
         begin = max(first, stop - size)
-        found = self._slots[np.arange(begin, stop) % (size + 1)]
+        found: Events = self._slots[np.arange(begin, stop) % (size + 1)]
         # What was stored while we copied went over the oldest.
         spoilt = min(max(0, int(self._counts[0]) - size - begin), found.shape[0])
         self.lost += begin - first + spoilt
         self._taken = stop
-        return found[spoilt:]
+        kept: Events = found[spoilt:]
+        return kept

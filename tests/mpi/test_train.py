@@ -136,7 +136,7 @@ def test_run_folder(folder: Path, comm: MPI.Intracomm) -> None:
     if comm.rank != 0:
         return
     names = {path.name for path in made.iterdir()}
-    assert names == {"config.toml", "summary.json", "metrics.csv", "log.jsonl"}
+    assert names == {"config.toml", "summary.json", "metrics.csv", "log.jsonl", "trace"}
     found = summary(made)
     assert (found["status"], found["steps"], found["ranks"]) == ("done", 6, comm.size)
     assert found["val_loss"] < found["val_loss_first"]
