@@ -1,9 +1,10 @@
 """Dumps of ranks that no longer move: RUN/trace/hang-7.json, one a rank.
 
     stacks() and what communication says of itself -> Dump -> save
-                                                   load -> verdict.report -> one page
+                                                   load -> analysis.stuck.report -> one page
 
-A dump is self-contained: a rank may be killed right after. The report on them is in ``verdict``.
+A dump is self-contained: a rank may be killed right after. What dumps say together is told by
+``analysis.stuck``.
 """
 
 from __future__ import annotations

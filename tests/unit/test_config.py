@@ -180,6 +180,13 @@ def test_overrides_say_the_same_as_a_deck(one: Config) -> None:
     assert config.load(None, overrides) == one
 
 
+@pytest.mark.parametrize(
+    ("typed", "ranks"), [("0,8", (0, 8)), ("[0, 8]", (0, 8)), ("3", (3,)), ("[]", ())]
+)
+def test_a_list_of_numbers_as_typed(typed: str, ranks: tuple[int, ...]) -> None:
+    assert config.load(None, [f"metrics.http_ranks={typed}"]).metrics.http_ranks == ranks
+
+
 def test_a_dump_tells_what_each_key_means() -> None:
     text = config.dump(Config())
     assert "# Optimizer steps of the whole run.\nsteps = 200\n" in text

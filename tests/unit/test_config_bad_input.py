@@ -232,6 +232,19 @@ def test_a_key_that_is_not_there(here: Path, text: str, expected: str) -> None:
             "2: compress.codec: unknown codec 'int7'; did you mean int8?",
         ),
         ("[compress]\nallow = 3", "2: compress.allow: must be a list of texts, not 3"),
+        (
+            "[metrics]\nhttp_ranks = [0, true]",
+            "2: metrics.http_ranks: must be a list of whole numbers of at least 0, and one of them "
+            "is true",
+        ),
+        (
+            "[metrics]\nhttp_ranks = [-1]",
+            "2: metrics.http_ranks: must be a list of whole numbers of at least 0, not -1",
+        ),
+        (
+            "[metrics]\nhttp_ranks = true",
+            "2: metrics.http_ranks: must be a list of whole numbers of at least 0, not true",
+        ),
     ],
 )
 def test_a_value_that_a_key_does_not_take(here: Path, text: str, expected: str) -> None:

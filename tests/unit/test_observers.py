@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpcsync.observers import Observer, Observers, RunInfo, StepRecord, standard
+from hpcsync.observers import Observer, Observers, RunInfo, StepDetail, StepRecord, standard
 from hpcsync.observers.log import Log
 from hpcsync.observers.metrics import Metrics
 from hpcsync.observers.progress import Progress, brief, clock, is_terminal
@@ -39,6 +39,7 @@ def info(folder: Path, **changes: Any) -> RunInfo:
         "codec": "none",
         "algorithm": "hierarchical",
         "every_s": 0.0,
+        "run_id": "abcd1234",
     }
     return RunInfo(**{**given, **changes})
 
@@ -90,6 +91,7 @@ def test_summary_holds_what_is_promised(tmp_path: Path) -> None:
     assert found["wait_ms"] == 5.0
     assert found["tokens_per_s"] == pytest.approx(2048 / 0.102)
     assert found["status"] == "done"
+    assert found["run_id"] == "abcd1234"
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
@@ -171,6 +173,7 @@ def test_metrics_have_a_row_a_step(tmp_path: Path) -> None:
     assert float(rows[1]["loss"]) == pytest.approx(4.8)
     assert {"lr", "grad_norm", "step_ms", "exposed_comm_ms"} <= set(rows[0])
     assert rows[0]["skipped"] == "0"
+    assert {row["run_id"] for row in rows} == {"abcd1234"}
 
 
 def test_metrics_are_in_the_file_before_the_end(tmp_path: Path) -> None:
@@ -181,7 +184,7 @@ def test_metrics_are_in_the_file_before_the_end(tmp_path: Path) -> None:
     observer.ended("failed", "")
 
 
-def test_log_has_rank_and_host_in_each_line(tmp_path: Path) -> None:
+def test_log_has_run_step_rank_and_host_in_each_line(tmp_path: Path) -> None:
     log = Log()
     log.started(info(tmp_path))
     log.stepped(record(1, skipped=True, loss_scale=math.inf))
@@ -197,6 +200,8 @@ def test_log_has_rank_and_host_in_each_line(tmp_path: Path) -> None:
         (3, "b"),
         (0, "a"),
     ]
+    assert {line["run_id"] for line in lines} == {"abcd1234"}
+    assert [line["step"] for line in lines] == [0, 1, 0, 1]
     assert lines[1]["loss_scale"] == "inf"
     assert lines[2]["detail"] == "no more memory"
 
@@ -262,6 +267,24 @@ def test_numbers_for_people() -> None:
         "2.5M",
     ]
     assert [clock(x) for x in (0, 61, 3723.4)] == ["0:00", "1:01", "1:02:03"]
+
+
+def test_what_is_measured_reaches_those_who_want_it() -> None:
+    told: list[StepDetail] = []
+
+    class Curious(Observer):
+        def wants_detail(self) -> bool:
+            return True
+
+        def measured(self, detail: StepDetail) -> None:
+            told.append(detail)
+
+    assert not Observers([Observer(), Observer()]).wants_detail()
+    observers = Observers([Observer()])
+    observers.join(Curious())
+    assert observers.wants_detail()
+    observers.measured(StepDetail(queued=2))
+    assert told == [StepDetail(queued=2)]
 
 
 class Broken(Observer):
