@@ -257,6 +257,12 @@ def test_a_control_message_is_known_by_its_stack() -> None:
     assert found.holding == ()
 
 
+def test_who_was_only_asked_to_dump_gives_no_reason() -> None:
+    found = report([waiting(0, [1], reason="request"), sleeping(1, reason="SIGQUIT")], 2)
+    assert found.reasons == ("SIGQUIT",)
+    assert report([sleeping(0, reason="request")], 2).reasons == ("request",)
+
+
 def test_nothing_is_stuck_where_all_compute() -> None:
     found = report([sleeping(rank, reason="SIGQUIT") for rank in range(4)], 4)
     assert (found.stuck, found.blamed, found.reasons) == ("", (), ("SIGQUIT",))

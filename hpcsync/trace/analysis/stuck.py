@@ -19,8 +19,8 @@ from ..file import ranges
 from ..hang import Dump, Frame, Under
 
 _CONTROL = "hpcsync/runtime.py"
-# Whoever waits does rounds meanwhile: where in one it is caught says nothing.
-_WAITING = ("hpcsync/collectives/progress.py", _CONTROL)
+# Whoever waits does rounds meanwhile: where in one it is caught says nothing; nor does the dumping.
+_WAITING = ("hpcsync/collectives/progress.py", "hpcsync/hangs.py", _CONTROL)
 _FOREIGN = ("/site-packages/", "/lib/python", "<frozen ", "<string>")
 _DEPTH = 6
 _OUTSIDE = "outside of communication"
@@ -52,7 +52,7 @@ class Report:
 
     Attributes:
         ranks: of the job; ``dumped`` of them left a dump, ``absent`` are the others.
-        reasons: of the dumps, the most frequent first.
+        reasons: of the dumps, the most frequent first; "request" only if there is no other.
         steps: lowest and highest step in progress.
         stuck: what most ranks wait in; empty if none does.
         sequence: which run of it.
@@ -115,7 +115,7 @@ def report(dumps: Sequence[Dump], ranks: int) -> Report:
         ranks=ranks,
         dumped=tuple(sorted(dumped)),
         absent=tuple(sorted(absent)),
-        reasons=tuple(reason for reason, _ in Counter(d.reason for d in dumps).most_common()),
+        reasons=_reasons(dumps),
         steps=(min(steps), max(steps)),
         stuck=stuck.name,
         sequence=stuck.sequence,
@@ -126,6 +126,12 @@ def report(dumps: Sequence[Dump], ranks: int) -> Report:
         also=_others(dumps, stuck),
         places=_places(dumps, stuck, blamed),
     )
+
+
+def _reasons(dumps: Sequence[Dump]) -> tuple[str, ...]:
+    counts = Counter(dump.reason for dump in dumps)
+    found = tuple(reason for reason, _ in counts.most_common() if reason != "request")
+    return found or tuple(counts)
 
 
 # -- what is stuck ------------------------------------------------------------------------
