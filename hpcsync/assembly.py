@@ -127,24 +127,27 @@ def traces(config: Config, parts: Parts, run_id: str) -> Traces:
     """The observer that keeps timing traces; collective."""
     parallel = parts.parallel
     topology = parallel.collectives.runtime.topology
-    buckets = [
-        {
-            "index": plan.index,
-            "bytes": plan.nbytes,
-            "elements": plan.numel,
-            "coded": plan.coded_numel,
+
+    def describe() -> dict[str, str]:
+        buckets = [
+            {
+                "index": plan.index,
+                "bytes": plan.nbytes,
+                "elements": plan.numel,
+                "coded": plan.coded_numel,
+            }
+            for plan in parallel.reducer.buckets
+        ]
+        return {
+            "config": dump(config),
+            "topology": json.dumps([list(ranks) for ranks in topology.nodes]),
+            "codec": config.compress.codec,
+            "algorithm": parallel.reducer.algorithm,
+            "buckets": json.dumps(buckets),
+            "links": "{}",
         }
-        for plan in parallel.reducer.buckets
-    ]
-    run = {
-        "config": dump(config),
-        "topology": json.dumps([list(ranks) for ranks in topology.nodes]),
-        "codec": config.compress.codec,
-        "algorithm": parallel.reducer.algorithm,
-        "buckets": json.dumps(buckets),
-        "links": "{}",
-    }
-    return Traces(parallel.collectives, config.trace, run, run_id)
+
+    return Traces(parallel.collectives, config.trace, describe, run_id)
 
 
 def _compress(config: Config) -> CompressConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .. import __version__
 from ..collectives import Collectives
@@ -26,14 +26,19 @@ class Traces(Observer):
     Args:
         collectives: whose recorder is kept.
         config: the ``trace`` section of the deck.
-        run: texts for the files, see ``trace.writer.Head``.
+        describe: texts for the files as they are now, see ``trace.writer.Head``.
         run_id: of the run.
     """
 
     def __init__(
-        self, collectives: Collectives, config: TraceConfig, run: Mapping[str, str], run_id: str
+        self,
+        collectives: Collectives,
+        config: TraceConfig,
+        describe: Callable[[], Mapping[str, str]],
+        run_id: str,
     ) -> None:
-        self._collectives, self._config, self._run, self._run_id = collectives, config, run, run_id
+        self._collectives, self._config, self._run_id = collectives, config, run_id
+        self._describe, self._told = describe, describe()
         self._runtime = collectives.runtime
         self._collector: Collector | None = None
         self._clocks: Clocks | None = None
@@ -59,7 +64,7 @@ class Traces(Observer):
                 ring=self._config.ring,
                 hpcsync=__version__,
                 event_cost_ns=event_cost_ns(),
-                run=self._run,
+                run=self._told,
             )
             about = {
                 rank: {"host": info.host, "local_rank": node.index(rank), "pid": pids[rank]}
@@ -98,6 +103,10 @@ class Traces(Observer):
         if self._collector is not None:
             for rank in self._collector.ranks:
                 self._collector.add_clock(rank, rows[rank])
+            # Buckets are laid out anew after the first steps, and when coding begins.
+            if (now := self._describe()) != self._told:
+                self._told = now
+                self._collector.describe(now)
 
     def _ring(self) -> Buffer:
         """Memory for the ring, which the node's first rank sees if it can; collective."""

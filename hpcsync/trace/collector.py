@@ -76,6 +76,11 @@ class Collector:
         with self._lock:
             self._file.add_clock(rank, rows)
 
+    def describe(self, run: Mapping[str, str]) -> None:
+        """Other texts about the run; any thread may."""
+        with self._lock:
+            self._file.describe(run)
+
     def stop(self, *, complete: bool) -> None:
         """Write what is left.
 

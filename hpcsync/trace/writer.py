@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class NodeFile:
         self._folder, self._head, self._ranks = folder, head, ranks
         self._part = part
         self._spent = 0.0
+        self._described = False
         self._histograms = {rank: np.zeros((len(LANES), BINS), np.uint64) for rank in ranks}
         self._lost = dict.fromkeys(ranks, 0)
         self._rows: dict[tuple[int, str], list[NDArray[np.void]]] = {}
@@ -91,6 +92,11 @@ class NodeFile:
         """Sizes of a rank's memory."""
         self._keep(rank, "memory", rows)
 
+    def describe(self, run: Mapping[str, str]) -> None:
+        """Texts of the group ``run`` in place of those of the head."""
+        self._head = replace(self._head, run=dict(run))
+        self._described = True
+
     def count(self, rank: int, histogram: NDArray[np.uint64], lost: int) -> None:
         """Durations by lane and bin, and events that were lost, since the last call."""
         self._histograms[rank] += histogram
@@ -108,6 +114,10 @@ class NodeFile:
                 group = file["ranks"][str(rank)]
                 group["histogram"][...] = histogram
                 group.attrs["lost"] = self._lost[rank]
+            if self._described:
+                del file["run"]
+                _texts(file, self._head.run)
+                self._described = False
             file.attrs["write_s"] = self._spent
             file.attrs["complete"] = int(complete)
         full = aside.stat().st_size > PART_BYTES
@@ -164,8 +174,7 @@ class NodeFile:
             )
             _strings(file, "lanes", LANES)
             _strings(file, "names", [name for name, _ in NAMES])
-            for key, text in head.run.items():  # attributes are limited to 64 KiB
-                file.create_dataset(f"run/{key}", data=text, dtype=h5py.string_dtype())
+            _texts(file, head.run)
             for rank, attributes in self._ranks.items():
                 group = file.create_group(f"ranks/{rank}")
                 group.attrs.update({**attributes, "lost": 0})
@@ -176,6 +185,11 @@ class NodeFile:
 
 def _strings(file: h5py.File, name: str, texts: Sequence[str]) -> None:
     file.create_dataset(name, data=list(texts), dtype=h5py.string_dtype())
+
+
+def _texts(file: h5py.File, texts: Mapping[str, str]) -> None:
+    for key, text in texts.items():  # attributes are limited to 64 KiB
+        file.create_dataset(f"run/{key}", data=text, dtype=h5py.string_dtype())
 
 
 def _table(group: h5py.Group, name: str, dtype: np.dtype[np.void]) -> None:

@@ -103,6 +103,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "trace").iterdir()) == ["node0.h5", "node1.h5"]
 
 
+def test_what_is_known_of_the_run_may_change(tmp_path: Path) -> None:
+    file = NodeFile(tmp_path / "trace", head(), about(0))
+    file.flush()
+    file.describe({**head().run, "algorithm": "direct"})
+    file.flush(complete=True)
+    with trace.open(tmp_path) as found:
+        assert (found.facts.algorithm, found.facts.codec) == ("direct", "int8")
+
+
 def test_times_are_put_on_one_clock(tmp_path: Path) -> None:
     node_file(tmp_path, 0)
     with trace.open(tmp_path) as found:
