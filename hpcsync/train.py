@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .engine import Batch, StepResult
     from .launch import Runtime
     from .observers import Observers, RunInfo, StepRecord
+    from .trace.recorder import Ring
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -159,6 +160,7 @@ def train(
             info=info,
             observers=observers,
             signals=signals,
+            ring=parts.engine.recorder.ring() if observers.wants_detail() else None,
         ).run()
         hangs.close()
     except CollectiveTimeout:
@@ -230,6 +232,7 @@ class Loop:
     info: RunInfo
     observers: Observers
     signals: StopSignals
+    ring: Ring | None = None  # of this rank's spans, where somebody wants details of steps
 
     def run(self) -> None:
         """Train to the end.
@@ -246,6 +249,7 @@ class Loop:
             due = train.eval_every and record.step % train.eval_every == 0
             if not number and (due or record.step == train.steps):
                 self.observers.evaluated(record.step, self.held_out())
+            self.measure(record)
             self.observers.stepped(record)
             engine.check_skipped()
             if number:
@@ -327,6 +331,19 @@ class Loop:
         )
         number = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
         return record, int(number)
+
+    def measure(self, record: StepRecord) -> None:
+        """Tell the observers what this rank's spans say of the step."""
+        if self.ring is None:
+            return
+        from .observers.detail import of_step
+
+        found = self.ring.take()
+        plain = self.parts.parallel.reducer.plain_bytes()
+        codecs = dict.fromkeys(plain, "none") | {
+            level: record.codec for level in plain if level in ("rail", "world")
+        }
+        self.observers.measured(of_step(found[found["step"] == record.step], codecs, plain))
 
     def held_out(self) -> float:
         """Held-out loss in ``RunInfo.val_unit``, the same on every rank; collective.

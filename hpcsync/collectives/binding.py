@@ -145,7 +145,8 @@ class Binding:
         released: bool = False,
     ) -> Stage:
         program = transport.bind(every, region, tag, divisor, released)
-        return Stage(level, program, self._internode(transport, every[transport.rank], region))
+        sent = self._internode(transport, every[transport.rank], region)
+        return Stage(level, program, sent, sent)
 
     def _internode(self, transport: Transport, schedule: Schedule, region: Region) -> int:
         """Bytes of the schedule that this rank sends to other nodes."""

@@ -81,10 +81,10 @@ class _Segment:
             tail = self._tail if at + part.count == self.region.count else 0
             program = TwoPass(transport, part, coding, start, tag, divisor, tail)
         self.held += program.held
-        sent = program.sent_bytes.items()
-        return Stage(
-            level, program, round(sum(n for who, n in sent if ways.leaves(transport, who)))
-        )
+        sent = {who: n for who, n in program.sent_bytes.items() if ways.leaves(transport, who)}
+        # Uncoded, each part would go to its owner and its mean come back.
+        plain = 2 * part.nbytes * len(sent) // transport.size
+        return Stage(level, program, round(sum(sent.values())), plain)
 
 
 def _pieces(binding: Binding, whole: Region, coding: Coding) -> Iterator[tuple[int, int]]:

@@ -18,11 +18,13 @@ class Stage:
     Attributes:
         level: ``node``, ``rail`` or ``world``.
         internode_bytes: bytes that this rank sends to other nodes in one run.
+        plain_bytes: that it would send there if nothing were coded.
     """
 
     level: str
     program: Program
     internode_bytes: int
+    plain_bytes: int
 
 
 class Segment(Job):
@@ -108,6 +110,14 @@ class Collective:
     def internode_bytes(self) -> int:
         """Bytes that this rank sends to other nodes in one run."""
         return sum(stage.internode_bytes for each in self._segments for stage in each.stages)
+
+    def plain_bytes(self) -> dict[str, int]:
+        """Bytes that this rank would send to other nodes in a run without coding, by level."""
+        found: dict[str, int] = {}
+        for segment in self._segments:
+            for stage in segment.stages:
+                found[stage.level] = found.get(stage.level, 0) + stage.plain_bytes
+        return found
 
     def start(self, priority: int = 0) -> None:
         """Begin a run; lower priorities go first. The region must not be touched until it ends.

@@ -99,6 +99,14 @@ class Reducer:
         names = {bucket.collective.algorithm for bucket in self._buckets}
         return "+".join(sorted(names)) if names else "none"
 
+    def plain_bytes(self) -> dict[str, int]:
+        """Bytes that this rank would send to other nodes in a step without coding, by level."""
+        found: dict[str, int] = {}
+        for bucket in self._buckets:
+            for level, sent in bucket.collective.plain_bytes().items():
+                found[level] = found.get(level, 0) + sent
+        return found
+
     def buckets_description(self) -> str:
         """One line: how many buckets, of what sizes."""
         sizes = [plan.nbytes / _MIB for plan in self.buckets]

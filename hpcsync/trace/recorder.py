@@ -162,6 +162,12 @@ class Recorder:
         """What the ring holds, oldest first: a copy."""
         return Ring(self._memory).last()
 
+    def ring(self) -> Ring:
+        """A reader of its own, of what comes from now on; of the memory that is in use now."""
+        made = Ring(self._memory)
+        made.take()
+        return made
+
 
 class Ring:
     """A reader of a recorder's memory, maybe from another process."""
