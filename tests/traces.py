@@ -201,7 +201,9 @@ class _Table:
 
     def events(self) -> Events:
         """In the order of their ends, with numbers that are unique."""
-        table = np.stack(self.spans, axis=1)
+        table = np.empty((self.plan.steps, len(self.spans)), EVENT)
+        for column, span in enumerate(self.spans):
+            table[:, column] = span
         lift = (np.arange(self.plan.steps) * 10_000)[:, None]
         table["id"] += lift
         table["parent"] += np.where(table["parent"], lift, 0)

@@ -1,4 +1,4 @@
-"""critical: the path across ranks that a step's length follows, and the shares of lanes and ranks."""
+"""critical: the path across ranks that the length of a step follows, by lane and by rank."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def report(trace: Trace, found: Summary, most: int | None) -> Report:
         values=_values(facts, found),
     )
     made.tables = [
-        _parts(found),
+        _parts(found, most is None),
         _stages(found),
         _collectives(found),
         _slowest(found, most),
@@ -139,7 +139,7 @@ def _values(facts: RunFacts, found: Summary) -> dict[str, Any]:
     }
 
 
-def _parts(found: Summary) -> Table:
+def _parts(found: Summary, empty: bool) -> Table:
     columns = (
         Column("part", "part"),
         Column("ms", "ms", ms),
@@ -148,7 +148,7 @@ def _parts(found: Summary) -> Table:
         Column("most_ms", "most", ms),
         Column("imbalance", "max/mean", ratio),
     )
-    rows = [dataclasses.astuple(each) for each in found.parts if each.ms > 0]
+    rows = [dataclasses.astuple(each) for each in found.parts if each.ms > 0 or empty]
     title = "time of a step (forward, backward and checkpoint are parts of compute and other)"
     return Table("parts", title, columns, rows)
 

@@ -49,6 +49,8 @@ def _own_part(late: Numbers, where: Numbers, longer: Numbers) -> Numbers:
 
 def _loss(own: Numbers, whole: Numbers) -> float:
     """Typical, ns; 0 if it does not stand out."""
+    if float(np.quantile(own, 0.9)) <= LEAST_SHARE * float(np.median(whole)):
+        return 0.0  # as nearly always, and cheaper to tell
     return float(excess(np.stack([np.zeros_like(own), own]), np.stack([whole, whole]))[1])
 
 
