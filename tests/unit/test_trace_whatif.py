@@ -94,9 +94,18 @@ def test_a_rate_is_shared_and_kept_to(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "link between nodes" in slow["dominates"]
     fast = predicted(capsys, str(folder), "--bandwidth", "100gbit")
     assert fast["exposed_ms"] < 0.2 * slow["exposed_ms"]
-    halved = predicted(capsys, str(folder), "--bandwidth", "1gbit", "--was", "2gbit")
+
+
+def test_what_a_link_that_is_known_fell_short_is_latency(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = traces.make(tmp_path, **SLOW)
+    true = "1470mbit"  # 1 MiB in 6 ms, and headers
+    halved = predicted(capsys, str(folder), "--bandwidth", "735mbit", "--was", true)
     by_factor = predicted(capsys, str(folder), "--bandwidth", "0.5x")
-    assert halved["step_ms"] == pytest.approx(by_factor["step_ms"])
+    assert halved["step_ms"] == pytest.approx(by_factor["step_ms"], rel=0.05)
+    no_wire = predicted(capsys, str(folder), "--bandwidth", "100gbit", "--was", "50gbit")
+    assert no_wire["step_ms"] == pytest.approx(no_wire["traced_step_ms"], rel=0.05)
 
 
 def test_a_codec_sends_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

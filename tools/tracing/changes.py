@@ -13,9 +13,8 @@ from tools.benchmark import MIB
 
 from .coding_cost import measured_codec
 from .deck import Deck
-from .model import Case
+from .model import HEADERS, Case, rated, users
 
-_HEADERS = 0.95  # of a link's bits that are payload of TCP
 _FEWEST, _FEWEST_CODED = 8, 4  # buckets, as of gradients.plan
 
 
@@ -28,7 +27,7 @@ def with_ranks(
         whole_batch: the samples of a step stay and are shared by the ranks; else those of a rank.
     """
     layout = Layout.of(new, deck.comm, deck.compress.where)
-    crowd = max(case.crowding * layout.local / case.layout.local, 1.0) if case.crowding > 1 else 1.0
+    crowd = case.crowding * layout.local / case.layout.local
     return _computing(
         replace(case, layout=layout, measured=_sharing(case, layout)),
         seen,
@@ -43,11 +42,6 @@ def with_ranks(
     )
 
 
-def with_crowding(case: Case, seen: Seen, crowd: float) -> Case:
-    """With so many ranks a core."""
-    return _computing(case, seen, 1.0, max(crowd, 1.0))
-
-
 def _sharing(case: Case, layout: Layout) -> Measured:
     """The link as each rank sees it, when others of its node use it too."""
     factor = users(layout) / users(case.layout)
@@ -55,18 +49,13 @@ def _sharing(case: Case, layout: Layout) -> Measured:
     return replace(case.measured, link=replace(link, wire_s=link.wire_s * factor))
 
 
-def users(layout: Layout) -> int:
-    """Ranks that use a node's link at a time."""
-    return layout.local if layout.flat or layout.everywhere else layout.rails
-
-
 def _computing(case: Case, seen: Seen, work: float, crowd: float) -> Case:
     """With ``work`` times the samples a rank, on cores that so many ranks share."""
-    slower = crowd / case.crowding
+    sharing = max(crowd, 1.0)
+    slower = sharing / case.sharing
     factor = work * slower
-    measured = replace(
-        case.measured, stretch=crowd, delay=1.0 if crowd > 1 else case.measured.delay
-    )
+    delay = 1.0 if crowd >= 1 else case.measured.delay
+    measured = replace(case.measured, stretch=sharing, delay=delay)
     leads = tuple((share, lead * factor) for share, lead in case.profile.leads)
     return replace(
         case,
@@ -78,12 +67,11 @@ def _computing(case: Case, seen: Seen, work: float, crowd: float) -> Case:
     )
 
 
-def with_bandwidth(case: Case, times: float | None, bits: float, was_bits: float) -> Case:
+def with_bandwidth(case: Case, times: float | None, bits: float) -> Case:
     """Over other links.
 
     Args:
         times: as fast as they were; None to go by ``bits`` a second.
-        was_bits: of the traced ones, if known: what they fell short of it is kept.
 
     Raises:
         UserError: the trace holds no link that could be ``times`` as fast.
@@ -93,11 +81,8 @@ def with_bandwidth(case: Case, times: float | None, bits: float, was_bits: float
         if case.layout.nodes == 1:
             raise UserError("--bandwidth: one node has no link; give --nodes and a rate, say 1gbit")
         return _rated(case, link.wire_s / times)
-    if was_bits:
-        return _rated(case, link.wire_s * was_bits / bits)
-    return _rated(case, 8 * users(case.layout) / bits / _HEADERS).noting(
-        f"the link gives {_HEADERS * 100:.0f}% of its rate, shared by the ranks of a node (--was "
-        "keeps what the traced one fell short)"
+    return _rated(case, rated(bits, case.layout)).noting(
+        f"the link gives {HEADERS * 100:.0f}% of its rate, shared by the ranks of a node"
     )
 
 

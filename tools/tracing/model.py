@@ -34,7 +34,9 @@ from .deck import Deck, topology_of
 _CPU_S, _MESSAGE_CPU_S, _ADD_S = 3e-10, 1e-5, 4e-10
 _LEAST_LATENCY_S, _MOST_LATENCY_S = 5e-6, 2e-3
 _FARTHEST = 3.0  # that a fitted link may be from the busy time of the wires
+HEADERS = 0.95  # of a link's bits that are payload of TCP
 _ROUNDS = 4  # of fitting the link and the backward pass in turns
+_HALVINGS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class Case:
     Attributes:
         before_s, rest_s: of the step, around the backward pass and the exchange.
         correction_s: what the traced step took longer than the model says.
-        crowding: ranks a core; at least 1.
+        crowding: ranks a core; 0 if that is not known.
         assumed: what no trace told, a line each.
     """
 
@@ -56,12 +58,17 @@ class Case:
     before_s: float
     rest_s: float
     correction_s: float = 0.0
-    crowding: float = 1.0
+    crowding: float = 0.0
     assumed: tuple[str, ...] = ()
 
     def predict(self) -> Prediction:
         """The exchange beside the backward pass."""
         return predict(self.choice, self.measured, self.loads, self.profile, self.layout)
+
+    @property
+    def sharing(self) -> float:
+        """Times as long that computing takes for other ranks on the same core."""
+        return max(self.crowding, 1.0)
 
     def step_s(self, found: Prediction) -> float:
         """The whole step with that exchange."""
@@ -73,11 +80,24 @@ class Case:
         return replace(self, assumed=(*self.assumed, *lines))
 
 
-def traced(seen: Seen, facts: RunFacts, deck: Deck, crowding: float | None) -> Case:
+def users(layout: Layout) -> int:
+    """Ranks that use a node's link at a time."""
+    return layout.local if layout.flat or layout.everywhere else layout.rails
+
+
+def rated(bits: float, layout: Layout) -> float:
+    """Seconds a byte that a rank sees on a link of so many bits a second."""
+    return 8 * users(layout) / bits / HEADERS
+
+
+def traced(
+    seen: Seen, facts: RunFacts, deck: Deck, crowding: float | None, bits: float = 0.0
+) -> Case:
     """The case that was traced, fitted to what was seen.
 
     Args:
         crowding: ranks a core; None to take what the trace says.
+        bits: a second, of the link; 0 if that is to be found out.
     """
     topology = topology_of(facts)
     layout = Layout.of(topology, deck.comm, deck.compress.where)
@@ -85,7 +105,7 @@ def traced(seen: Seen, facts: RunFacts, deck: Deck, crowding: float | None) -> C
     told = facts.links.get("crowding") if crowding is None else crowding
     if told is None:
         assumed.append("every rank has a core of its own (--cores says otherwise)")
-    crowd = max(float(told or 1.0), 1.0)
+    crowd = max(float(told or 0.0), 1.0)
     name = UNCODED
     if seen.coded:
         name = facts.codec if facts.codec != UNCODED else "unknown"
@@ -110,10 +130,18 @@ def traced(seen: Seen, facts: RunFacts, deck: Deck, crowding: float | None) -> C
         layout=layout,
         before_s=seen.before_s,
         rest_s=seen.rest_s,
-        crowding=crowd,
+        crowding=float(told or 0.0),
         assumed=(*assumed, *more),
     )
-    return _fitted(case, seen)
+    if bits:
+        link = replace(link, wire_s=rated(bits, layout))
+        case = replace(case, measured=replace(measured, link=link))
+    elif "wire_s" not in _told(facts) and layout.nodes > 1:
+        case = case.noting(
+            "transfers took as long as they did for want of bandwidth (--was says what the traced "
+            "link has; the rest is then taken for latency)"
+        )
+    return _fitted(case, seen, known=bool(bits))
 
 
 def _loads(seen: Seen, facts: RunFacts, *, coded: bool) -> tuple[Load, ...]:
@@ -130,7 +158,7 @@ def _loads(seen: Seen, facts: RunFacts, *, coded: bool) -> tuple[Load, ...]:
 
 def _link(seen: Seen, facts: RunFacts, layout: Layout) -> tuple[LinkCost, list[str]]:
     """A first estimate of the link between nodes, by what the wires' spans show."""
-    told: Mapping[str, Any] = facts.links.get("rail") or facts.links.get("world") or {}
+    told = _told(facts)
     cpu_s = float(told.get("cpu_s", _CPU_S))
     message_s = float(told.get("message_cpu_s", _MESSAGE_CPU_S))
     if not seen.wire_bytes:
@@ -150,6 +178,15 @@ def _link(seen: Seen, facts: RunFacts, layout: Layout) -> tuple[LinkCost, list[s
     ), lines
 
 
+def _told(facts: RunFacts) -> Mapping[str, Any]:
+    """What a probe measured of the link between nodes."""
+    for level in ("rail", "world"):
+        found = facts.links.get(level)
+        if isinstance(found, Mapping):
+            return found
+    return {}
+
+
 def _add_s(seen: Seen, layout: Layout, loads: Sequence[Load], crowd: float) -> float:
     """Processor time of an element of the node's sum, which has a pass before and one after."""
     elements = sum(load.nbytes for load in loads) / ITEM
@@ -161,13 +198,18 @@ def _add_s(seen: Seen, layout: Layout, loads: Sequence[Load], crowd: float) -> f
 # -- fitting -----------------------------------------------------------------------------
 
 
-def _fitted(case: Case, seen: Seen) -> Case:
+def _fitted(case: Case, seen: Seen, *, known: bool) -> Case:
     """The case whose prediction exposes what was exposed, after a backward pass as long as the
-    traced one."""
+    traced one.
+
+    Args:
+        known: the bandwidth is right, only the latency is sought.
+    """
     first = case.measured.link
+    fit = _with_latency if known else _with_link
     for _ in range(_ROUNDS):
         case = _with_backward(case, seen)
-        case = _with_link(case, seen, first)
+        case = fit(case, seen, first)
     found = case.predict()
     return replace(case, correction_s=seen.backward_s + seen.exposed_s - found.span_s)
 
@@ -192,3 +234,22 @@ def _with_link(case: Case, seen: Seen, first: LinkCost) -> Case:
     factor = fitted.link.wire_s / first.wire_s if first.wire_s else 1.0
     factor = min(max(factor, 1 / _FARTHEST), _FARTHEST)
     return replace(case, measured=replace(start, link=first.scaled(factor)))
+
+
+def _with_latency(case: Case, seen: Seen, first: LinkCost) -> Case:
+    """The link, whose bandwidth is known, with the latency that it must have."""
+    if case.layout.group(coded=case.choice.codec != UNCODED).ranks < 2:
+        return case
+
+    def late(latency_s: float) -> Case:
+        link = replace(first, latency_s=latency_s)
+        return replace(case, measured=replace(case.measured, link=link))
+
+    low, high = 0.0, seen.exposed_s
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if late(middle).predict().exposed_s > seen.exposed_s:
+            high = middle
+        else:
+            low = middle
+    return late(low)

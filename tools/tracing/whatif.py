@@ -23,9 +23,8 @@ from hpcsync.trace.file import Trace
 from tools.benchmark import BenchmarkError, parse_rate
 
 from . import changes, output
-from .changes import users
 from .deck import Deck, even, topology_of
-from .model import Case, traced
+from .model import Case, traced, users
 from .output import Column, Report, Table
 
 NAME = "whatif"
@@ -42,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="of a node's link: 400mbit, 10gbit, or 2x of what it was",
     )
-    add("--was", metavar="RATE", help="of the traced link, if --bandwidth is a rate")
+    add("--was", metavar="RATE", help="of the traced link; what it fell short is then latency")
     add("--codec", metavar="NAME", help="none, bf16, int8, ...")
     add("--ranks", type=int, metavar="N", help="of the job")
     add("--nodes", type=int, metavar="N", help="of the job (as many ranks a node as traced)")
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         old = topology_of(trace.facts)
         most = max(len(ranks) for ranks in old.nodes)
         crowding = most / options.cores if options.cores else None
-        case = traced(seen, trace.facts, deck, crowding)
+        case = traced(seen, trace.facts, deck, crowding, _bits(options.was or "", "--was"))
         other = changed(case, seen, deck, old, options)
         output.show(_report(seen, case, other, options), options)
     return 0
@@ -85,9 +84,6 @@ def changed(case: Case, seen: Seen, deck: Deck, old: Topology, options: argparse
         )
     if new != old:
         case = changes.with_ranks(case, seen, deck, old, new, whole_batch=options.batch == "total")
-        if options.cores:
-            most = max(len(ranks) for ranks in new.nodes)
-            case = changes.with_crowding(case, seen, most / options.cores)
     if options.bucket_mb is not None:
         if options.bucket_mb <= 0:
             raise UserError("--bucket-mb: must be above 0")
@@ -102,7 +98,7 @@ def changed(case: Case, seen: Seen, deck: Deck, old: Topology, options: argparse
         bits = _bits(options.bandwidth) if factor is None else 0.0
         if factor is None and not bits:
             raise UserError(f"--bandwidth: {options.bandwidth!r} is no rate; write 400mbit or 2x")
-        case = changes.with_bandwidth(case, factor, bits, _bits(options.was or "", "--was"))
+        case = changes.with_bandwidth(case, factor, bits)
     return case
 
 
