@@ -78,7 +78,7 @@ def _head(facts: RunFacts, found: Summary) -> list[str]:
 
 
 def _verdict(found: Summary) -> list[str]:
-    lines = [f"verdict: {found.verdict.text}", f"try:     {found.verdict.advice}"]
+    lines = [f"verdict: {found.verdict.text}", f"next:    {found.verdict.advice}"]
     told = (found.verdict.text.removeprefix("straggler: "), found.verdict.advice)
     for each in found.findings:
         if each.text.removeprefix("straggler: ") == told[0]:
