@@ -144,7 +144,7 @@ def traces(config: Config, parts: Parts, run_id: str) -> Traces:
             "codec": config.compress.codec,
             "algorithm": parallel.reducer.algorithm,
             "buckets": json.dumps(buckets),
-            "links": "{}",
+            "links": json.dumps({"crowding": parallel.collectives.runtime.crowding}),
         }
 
     return Traces(parallel.collectives, config.trace, describe, run_id)

@@ -25,8 +25,8 @@ from torch.optim import AdamW, Optimizer
 from .config import TrainConfig
 from .errors import HpcsyncError, NonFiniteError, UserError
 from .onebit_adam import OneBitAdam
-from .trace.recorder import BACKWARD, FORWARD, OPTIMIZER, Recorder, now
 from .rules import LossScale, learning_rate
+from .trace.recorder import BACKWARD, FORWARD, OPTIMIZER, Recorder, now
 
 Batch = tuple[Tensor, Tensor]
 
