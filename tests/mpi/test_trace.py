@@ -14,11 +14,18 @@ from hpcsync.config import TopologyConfig
 from hpcsync.trace import clock
 from hpcsync.trace.clock import Clocks
 from hpcsync.trace.events import LANE, Events
-from tests.mpi.test_train import folder, run  # noqa: F401
+from tests.mpi.test_train import run
 
 pytestmark = pytest.mark.mpi
 
 SECONDS = 10**9
+
+
+@pytest.fixture
+def folder(comm: MPI.Intracomm, tmp_path: Path) -> Path:
+    """A folder that all ranks share."""
+    shared: Path = comm.bcast(tmp_path)
+    return shared
 
 
 @pytest.mark.parametrize("ranks_per_node", [0, 1, 2])
@@ -61,7 +68,7 @@ def test_a_run_leaves_a_trace(
     comm: MPI.Intracomm,
     folder: Path,
     codec: str,
-    transport: str,  # noqa: F811
+    transport: str,
 ) -> None:
     words = ["train.steps=5", "trace.every=2", f"compress.codec={codec}", "compress.warmup=1"]
     words += [f"comm.node_transport={transport}", "comm.bucket_mb=0.02"]
