@@ -69,6 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--settle", type=int, default=200, help="most steps until auto has settled (%(default)s)")
     add("--seconds", type=float, default=15.0, help="of measuring a setup, about (%(default)s)")
     add("--precision", type=float, default=0.7, help="standard error, %% (%(default)s)")
+    add("--no-more", action="store_true", help="measure nothing: the table of what is there")
     add("--report", default="", metavar="NAME", help="write tools/reports/DATE-HARDWARE-NAME.md")
     add("--layout", default="", help=argparse.SUPPRESS)  # what a job of ranks measures
     add("--link-folder", default="", help=argparse.SUPPRESS)
@@ -267,7 +268,7 @@ def campaign(options: argparse.Namespace) -> int:
     print(*(f"# {key}: {value}" for key, value in head.items()), sep="\n", flush=True)
     for nodes, local in plan.layouts:
         layout = f"{nodes}x{local}"
-        if not plan.missing(layout):
+        if options.no_more or not plan.missing(layout):
             continue
         print("", "  ".join(heads(plan.allow)), sep="\n", flush=True)
         script = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--layout", layout]
