@@ -2,10 +2,10 @@
 
     a collective did not move for comm.timeout_s, or SIGQUIT came
         -> this rank dumps where it stands, and asks the others to by a file in RUN/trace
-             -> a thread of each node's first rank sees it and sends SIGQUIT to the node's ranks
+             -> a thread of each rank sees it, and dumps, too
         -> the lowest rank that has dumped prints the report; the job ends
 
-Dumping is done by the thread that waits for signals, so that a rank stuck in a library dumps, too.
+Threads dump, not the main one, so that a rank that is stuck in a library dumps, too.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .trace.hang import Dump, Under
 SIGNAL = signal.SIGQUIT
 STATUS = 128 + SIGNAL
 _REQUEST = "hang-request"
-_LOOK_S = 1.0  # between two looks for a request
+_LOOK_S = 2.0  # between two looks for a request
 _PATIENCE_S = 6.0  # for the dumps of the other ranks
 _EVENTS = 200  # of the ring, in a dump
 
 
 class Hangs:
-    """Dumps this rank when it is asked to; making one is collective.
+    """Dumps this rank when it is asked to.
 
     Args:
         folder: RUN/trace.
@@ -49,11 +49,7 @@ class Hangs:
         self._lock = threading.Lock()
         self._dumped = False
         self._over = threading.Event()
-        node = self._runtime.topology.node(self._runtime.rank)
-        pids = self._runtime.allgather_object(os.getpid())
-        self._pids = [pids[rank] for rank in node]
-        if self._runtime.local_rank == 0:
-            threading.Thread(target=self._look, name="hpcsync-hangs", daemon=True).start()
+        threading.Thread(target=self._look, name="hpcsync-hangs", daemon=True).start()
 
     def close(self) -> None:
         """Look for requests no more."""
@@ -85,11 +81,12 @@ class Hangs:
                 return False
             self._dumped = True
         try:
-            hang.save(self._standing(reason, sys._getframe()), self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._request().touch()
-        except OSError as error:
-            where = f"rank {self._runtime.rank}"
-            print(f"hpcsync: warning: {where} cannot leave a dump: {error}", file=sys.stderr)
+            hang.save(self._standing(reason, sys._getframe()), self._folder)
+        except Exception as error:  # the job must end all the same
+            where, text = f"rank {self._runtime.rank}", f"{type(error).__name__}: {error}"
+            print(f"hpcsync: warning: {where} cannot leave a dump: {text}", file=sys.stderr)
         return True
 
     def _standing(self, reason: str, frame: FrameType) -> Dump:
@@ -124,19 +121,33 @@ class Hangs:
     def _tell(self) -> None:
         """Wait for the other ranks' dumps, and print the report if no lower rank will."""
         until = time.monotonic() + _PATIENCE_S
+        while self._left() < self._runtime.size and time.monotonic() < until:
+            time.sleep(0.2)
+        if not self._speaks():
+            return
         dumps: Sequence[Dump] = ()
-        while len(dumps) < self._runtime.size and time.monotonic() < until:
-            time.sleep(0.1)
-            with contextlib.suppress(Exception):
-                dumps = [
-                    dump for dump in hang.load(self._folder).dumps if dump.run_id == self._run_id
-                ]
-        # Those that were asked by another leave it to that one.
-        first = min((dump.rank for dump in dumps if dump.reason != "request"), default=-1)
-        if dumps and first in (-1, self._runtime.rank):
+        with contextlib.suppress(Exception):
+            dumps = [dump for dump in hang.load(self._folder).dumps if dump.run_id == self._run_id]
+        if dumps:
             lines = stuck.render(stuck.report(dumps, self._runtime.size))
             text = "\n".join(f"hpcsync: {line}" if line else "hpcsync:" for line in lines)
             print(text, file=sys.stderr, flush=True)
+
+    def _left(self) -> int:
+        """How many ranks have left a dump."""
+        try:
+            return sum(path.name.startswith("hang-") for path in self._folder.iterdir())
+        except OSError:
+            return 0
+
+    def _speaks(self) -> bool:
+        """Whether no lower rank will: those that were asked by another leave it to that one."""
+        for rank in range(self._runtime.rank):
+            with contextlib.suppress(OSError, ValueError):
+                text = (self._folder / f"hang-{rank}.json").read_text(encoding="utf-8")
+                if Dump.from_json(text).reason != "request":
+                    return False
+        return True
 
     def _request(self) -> Path:
         return self._folder / f".{_REQUEST}-{self._run_id}"
@@ -144,7 +155,5 @@ class Hangs:
     def _look(self) -> None:
         while not self._over.wait(_LOOK_S):
             if self._request().exists():
-                for pid in self._pids:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, SIGNAL)
+                self._dump("request")
                 return

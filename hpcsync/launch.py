@@ -21,8 +21,8 @@ from .runtime import AgreedError as AgreedError
 from .runtime import Runtime as Runtime
 from .topology import Topology
 
-# Coded messages of a few hundred KB then take one turn at either end, not three. Whatever the user
-# sets counts.
+# Coded messages of a few hundred KB then take one turn at either end, not three. What the
+# environment says counts.
 _MPI_SETTINGS = {"OMPI_MCA_btl_tcp_eager_limit": str(256 << 10)}
 _TAG_FIX = "see `python -m mpi4py --mpi-library`"
 

@@ -9,6 +9,7 @@ once, and ends the process if no step boundary is reached in time. The same thre
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import threading
@@ -47,7 +48,7 @@ class StopSignals:
 
     Attributes:
         received: number of the first signal that came, 0 before.
-        on_quit: called from the thread when SIGQUIT comes; nothing is done if not set.
+        on_quit: called from the thread when SIGQUIT comes; without it the process ends.
     """
 
     def __init__(
@@ -90,6 +91,13 @@ class StopSignals:
         self._thread.join()
         os.close(self._read)
 
+    def _quit(self) -> None:
+        if self.on_quit is None:  # nobody has more to tell than where all threads stand
+            faulthandler.dump_traceback(all_threads=True)
+            os._exit(128 + signal.SIGQUIT)
+        with contextlib.suppress(Exception):
+            self.on_quit()
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
@@ -100,9 +108,8 @@ class StopSignals:
             if not data:
                 return
             number = data[0]
-            if number == signal.SIGQUIT and self.on_quit is not None:
-                with contextlib.suppress(Exception):
-                    self.on_quit()
+            if number == signal.SIGQUIT:
+                self._quit()
         self.received = self.received or number
         with contextlib.suppress(Exception):  # say, a full disk: the job must end all the same
             self._on_signal(signal.Signals(number).name)

@@ -162,10 +162,10 @@ def train(
             signals=signals,
             ring=parts.engine.recorder.ring() if observers.wants_detail() else None,
         ).run()
-        hangs.close()
     except CollectiveTimeout:
         if hangs is not None:
-            hangs.timed_out()
+            with contextlib.suppress(Exception):  # the error must be told all the same
+                hangs.timed_out()
         _ended(observers, "failed", "a collective is stuck")
         raise
     except StoppedError as stop:
@@ -181,6 +181,9 @@ def train(
         reason = str(error) if told else f"{type(error).__name__}: {error}"
         _ended(observers, "failed", reason.partition("\n")[0])
         raise
+    finally:
+        if hangs is not None:
+            hangs.close()
     observers.ended("done", "")
     return 0
 

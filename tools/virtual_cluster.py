@@ -98,6 +98,7 @@ class VirtualCluster:
                 f"no cluster {name!r} is up: make one with `vcluster.py up`"
             ) from None
         cluster = cls(len(state.nodes), state.rate, name=name, owned=False)
+        state.cores = state.cores or cluster.state.cores  # made by an older version
         cluster.state, cluster._open = state, True
         if any(not start_time(pid) for pid in (state.head, *state.nodes)):
             cluster.close()

@@ -130,8 +130,12 @@ class Progress:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._turn = threading.Lock()  # held in a round
+        self._owner = 0  # thread that holds it
+        self._longest_nap_s = 2 * max(self._sleeps_s[1], PATIENT_SLEEPS_S[1], _STANDBY_S)
         self._moved_s = 0.0  # when something moved last,
-        self._driven_s = 0.0  # and when a thread other than ours did a round
+        self._looked_s = 0.0  # when a round began last,
+        self._in_vain = 0  # how many rounds since found nothing,
+        self._driven_s = 0.0  # and when a thread other than ours did one
 
     def submit(self, jobs: list[Job]) -> None:
         """Hand jobs over; they start in order of (priority, submission).
@@ -172,6 +176,8 @@ class Progress:
             Exception: whatever a job raised.
         """
         _wake_in_time()
+        if self._owner == threading.get_ident():
+            raise HpcsyncError("a signal handler waits for a collective that it has interrupted")
         self._waiting += 1
         try:
             while not condition():
@@ -222,7 +228,7 @@ class Progress:
     def _rest(self) -> None:
         """Nothing to do: sleep until something is submitted."""
         with self._wake:
-            while not self._incoming and not self._stopping:
+            while not self._busy and not self._stopping:
                 self._asleep = True
                 self._wake.wait()
             self._asleep = False
@@ -237,39 +243,53 @@ class Progress:
         """A round, unless another thread is at it; True if anything moved."""
         if not self._turn.acquire(blocking=False):
             return False
+        self._owner = threading.get_ident()
         try:
             return not self._stopping and self._error is None and self._round()
-        except BaseException as error:
+        except Exception as error:
             self._error = error
             raise
+        except BaseException as error:  # from a signal handler: a collective ended half way
+            self._error = HpcsyncError(f"{type(error).__name__} in a collective; none can go on")
+            raise
         finally:
+            self._owner = 0
             self._turn.release()
 
     def _round(self) -> bool:
-        idle = time.perf_counter() - self._moved_s
-        starved = idle > _STARVED_S
+        now = time.perf_counter()
+        # Time in which nobody looked is not time in which nothing moved.
+        unseen = now - max(self._looked_s, self._moved_s) - self._longest_nap_s
+        self._moved_s += max(0.0, unseen)
+        self._looked_s = now
+        idle = now - self._moved_s
+        starved = idle > _STARVED_S and self._in_vain > 1
+        self._in_vain += 1
         if self._admit(starved=starved) | self._sweep():
             if not starved:
                 self._opening = 1
-            self._moved_s = time.perf_counter()
+            self._moved_s, self._in_vain = time.perf_counter(), 0
             return True
         if self._timeout and idle > self._timeout and self._active:
             raise CollectiveTimeout(self._report(idle))
         return False
 
     def _admit(self, *, starved: bool) -> bool:
+        # A job is always in one of the lists: who asks whether there is work takes no lock.
         while self._incoming:
-            job = self._incoming.popleft()
+            job = self._incoming[0]
             heapq.heappush(self._pending, (job.priority, next(self._order), job))
+            self._incoming.popleft()
         if not self._pending:
             return False
         in_flight = sum(each.job.nbytes for each in self._active)
         extra = self._opening if starved else 0
         admitted = 0
         while self._pending and (in_flight < self._credit or not self._active or admitted < extra):
-            priority, order, job = heapq.heappop(self._pending)
+            priority, order, job = self._pending[0]
             in_flight += job.nbytes
             self._active.append(_Active(job, (priority, order)))
+            heapq.heappop(self._pending)
             admitted += 1
         if admitted:
             self._active.sort(key=lambda each: each.order)

@@ -17,6 +17,7 @@ from ..transports.base import Buffer, private_buffer
 from ..transports.shared_memory import SharedMemoryError
 from .base import Observer, RunInfo, StepRecord
 
+_PARTS = 1_000_000  # file numbers of a rank that writes for itself
 _CLOCKS_EVERY = 500  # steps; and after the first ones, at doubling distances
 
 
@@ -70,20 +71,22 @@ class Traces(Observer):
                 rank: {"host": info.host, "local_rank": node.index(rank), "pid": pids[rank]}
                 for rank in mine
             }
-            first = 0 if shared else node.index(runtime.rank) * 100
-            file = NodeFile(info.folder / "trace", head, about, first)
+            first = 0 if shared else node.index(runtime.rank) * _PARTS
             sources = {}
             for rank in mine:
                 memory = self._buffer.peer(node.index(rank)) if shared else self._buffer.own
                 sources[rank] = Source(Ring(memory), pids[rank])
-            self._collector = Collector(file, sources, self._config.every)
-            self._collector.start()
+            try:
+                file = NodeFile(info.folder / "trace", head, about, first)
+                self._collector = Collector(file, sources, self._config.every)
+                self._collector.start()
+            except Exception as error:  # a trace is not worth the run
+                self._warn(f"{type(error).__name__}: {error}".partition("\n")[0])
         self._compare()
 
     def stepped(self, record: StepRecord) -> None:
         if self._collector is not None and self._collector.problem:
-            text = self._collector.problem
-            print(f"hpcsync: warning: no more traces are written: {text}", file=sys.stderr)
+            self._warn(self._collector.problem)
             self._collector = None
         step = record.step
         if self._clocks is not None and (step % _CLOCKS_EVERY == 0 or step & (step - 1) == 0):
@@ -95,6 +98,13 @@ class Traces(Observer):
             self._clocks.close()
         if self._collector is not None:
             self._collector.stop(complete=status == "done")
+            if self._collector.problem:
+                self._warn(self._collector.problem)
+
+    def _warn(self, problem: str) -> None:
+        where = f"node {self._runtime.topology.node_of(self._runtime.rank)}"
+        text = f"hpcsync: warning: no more traces of {where} are written: {problem}"
+        print(text, file=sys.stderr, flush=True)
 
     def _compare(self) -> None:
         """Compare clocks; collective."""

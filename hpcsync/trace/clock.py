@@ -65,8 +65,11 @@ class Clocks:
 
     def _serve(self, other: int, offset: int = 0, uncertainty: int = 0) -> None:
         self._comm.Send(np.array([offset, uncertainty], np.int64), other, _TURN)
-        for _ in range(ROUND_TRIPS):
-            self._comm.Recv(self._message, other, _PING)
+        for trip in range(ROUND_TRIPS):
+            if trip == 0:  # it may be late
+                self._runtime.wait(self._comm.Irecv(self._message, other, _PING))
+            else:
+                self._comm.Recv(self._message, other, _PING)
             self._message[0] = now()
             self._comm.Send(self._message, other, _PONG)
 

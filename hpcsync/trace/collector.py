@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from .writer import NodeFile
 _COLLECT_S = 1.0
 _FLUSH_S = 3.0
 _SHARE = 0.002
+_LONGEST_S = 60.0  # between flushes, whatever they cost: a killed run loses what came since
+_PATIENCE_S = 30.0
 _TRIALS = 2000
 
 
@@ -55,7 +58,7 @@ class Collector:
     def __init__(self, file: NodeFile, sources: Mapping[int, Source], every: int) -> None:
         self._file, self._sources, self._every = file, sources, every
         self._wake = threading.Event()
-        self._lock = threading.Lock()
+        self._told: deque[Callable[[], None]] = deque()  # whoever tells does not wait for the file
         self._stopping = False
         self._seen_lost = dict.fromkeys(sources, 0)
         self._remembered = dict.fromkeys(sources, 0)
@@ -73,13 +76,11 @@ class Collector:
 
     def add_clock(self, rank: int, rows: NDArray[np.void]) -> None:
         """Keep measurements of a rank's clock; any thread may."""
-        with self._lock:
-            self._file.add_clock(rank, rows)
+        self._told.append(lambda: self._file.add_clock(rank, rows))
 
     def describe(self, run: Mapping[str, str]) -> None:
         """Other texts about the run; any thread may."""
-        with self._lock:
-            self._file.describe(run)
+        self._told.append(lambda: self._file.describe(run))
 
     def stop(self, *, complete: bool) -> None:
         """Write what is left.
@@ -89,29 +90,32 @@ class Collector:
         """
         self._stopping = True
         self._wake.set()
-        self._thread.join(timeout=30.0)
+        self._thread.join(timeout=_PATIENCE_S)
+        if self._thread.is_alive():
+            self.problem = f"the file system has not answered for {_PATIENCE_S:g} s"
         if not self.problem:
             try:
-                with self._lock:
-                    self._collect()
-                    self._file.flush(complete=complete)
-            except OSError as error:
-                self.problem = str(error)
+                self._collect()
+                self._file.flush(complete=complete)
+            except Exception as error:
+                self.problem = _line(error)
 
     def _main(self) -> None:
         flushed, pause = time.perf_counter(), _FLUSH_S
         try:
             while not self._stopping:
                 self._wake.wait(_COLLECT_S)
-                with self._lock:
-                    self._collect()
-                    if time.perf_counter() - flushed > pause:
-                        pause = max(_FLUSH_S, self._file.flush() / _SHARE)
-                        flushed = time.perf_counter()
-        except OSError as error:  # a full disk, say: the run goes on without
-            self.problem = str(error)
+                self._collect()
+                if time.perf_counter() - flushed > pause:
+                    pause = min(max(_FLUSH_S, self._file.flush() / _SHARE), _LONGEST_S)
+                    flushed = time.perf_counter()
+        # A full disk, say, of which HDF5 makes many kinds of errors: the run goes on without.
+        except Exception as error:
+            self.problem = _line(error)
 
     def _collect(self) -> None:
+        while self._told:
+            self._told.popleft()()
         for rank, source in self._sources.items():
             found = source.ring.take()
             lost = source.ring.lost - self._seen_lost[rank]
@@ -126,6 +130,10 @@ class Collector:
         if step > self._remembered[rank]:
             self._remembered[rank] = step
             self._file.add_memory(rank, np.array([(step, *memory_of(source.pid))], MEMORY))
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def histogram(found: Events) -> NDArray[np.uint64]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hpcsync.collectives.progress import Progress
+from hpcsync.collectives.progress import Place, Progress
 from hpcsync.errors import CollectiveTimeout, HpcsyncError
 from hpcsync.transports.base import Wait
 
@@ -47,6 +47,9 @@ class Passage:
 
     def describe(self) -> str:
         return "a passage"
+
+    def place(self) -> Place:
+        return Place("a passage", 1, 0, "")
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -111,6 +114,54 @@ def test_the_thread_takes_over_from_who_drove_and_stopped(progress: Progress) ->
     progress.drive()
     gate.open = True
     eventually(lambda: job.done)
+
+
+def test_the_thread_takes_over_though_it_had_rested(progress: Progress) -> None:
+    """What is handed over and driven once, before the thread has woken, is not forgotten."""
+    for _ in range(5):
+        gate = Gate()
+        job = Passage(gate)
+        progress.submit([job])
+        progress.drive()
+        time.sleep(0.03)
+        gate.open = True
+        eventually(lambda job=job: job.done)  # type: ignore[misc]
+        time.sleep(0.03)
+
+
+def test_time_in_which_nobody_looked_counts_for_no_timeout() -> None:
+    progress = Progress(1 << 20, timeout_s=0.2)
+    gate = Gate()
+    progress.submit([Passage(gate)])
+    with progress._turn:  # say, a breakpoint that stops all threads
+        time.sleep(0.6)
+    gate.open = True
+    progress.wait_until(lambda: not progress.standing())
+    progress.close()
+
+
+def test_an_interrupt_in_a_round_ends_communication_and_says_so(progress: Progress) -> None:
+    class Interrupts(Gate):
+        def ready(self) -> bool:
+            raise KeyboardInterrupt
+
+    with progress._turn:
+        progress.submit([Passage(Interrupts())])
+    with pytest.raises((KeyboardInterrupt, HpcsyncError)):
+        progress.wait_until(lambda: False)
+    with pytest.raises(HpcsyncError, match="KeyboardInterrupt in a collective; none can go on"):
+        progress.wait_until(lambda: False)
+
+
+def test_a_handler_that_waits_within_a_round_is_told(progress: Progress) -> None:
+    class Waits(Gate):
+        def ready(self) -> bool:
+            progress.wait_until(lambda: False)
+            return True
+
+    progress.submit([Passage(Waits())])
+    with pytest.raises(HpcsyncError, match="a signal handler waits for a collective"):
+        progress.wait_until(lambda: False)
 
 
 @pytest.mark.parametrize("waits", [True, False])
