@@ -45,7 +45,7 @@ MOST_SLEEP_S = 1e-3
 PATIENT_SLEEPS_S = 1e-3, 4e-3
 _SLEEP_SHARE = 0.4  # of the time that nothing has moved
 _STARVED_S = 2e-3  # without movement: the window opens
-_STANDBY_S = 10e-3  # without a round of somebody else: the thread takes over
+_STANDBY_S = 20e-3  # without a round of somebody else: the thread takes over
 _BREATH_S = 1e-3  # between two rounds of a caller that computes, at least
 _PR_SET_TIMERSLACK = 29
 
