@@ -168,7 +168,7 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
                 runtime=runtime,
                 config=config,
                 parts=parts,
-                info=train._info(runtime, config, parts, Path()),
+                info=train._info(runtime, config, parts, Path(), "run"),
                 observers=Observers([]),
                 signals=signals,
             )
