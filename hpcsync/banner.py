@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from . import __version__
 from .config import Config
 from .topology import Topology
+from .wording import ranges
 
 _NODES_SHOWN = 4
 
@@ -90,17 +91,6 @@ def nodes(topology: Topology) -> str:
     if more > 1:
         parts[_NODES_SHOWN - 1 : -1] = [f"... {more} more ..."]
     return ", ".join(parts)
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """``0-3, 8``: ascending numbers as runs."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def batch_row(config: Config, ranks: int, tokens_per_sample: int, unit: str) -> tuple[str, str]:

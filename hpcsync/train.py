@@ -371,7 +371,7 @@ class Loop:
         return total / count / (math.log(2) if source.unit == "byte" else 1.0)
 
     def _refuse(self, result: StepResult) -> NoReturn:
-        from .banner import ranges
+        from .wording import ranges
 
         losses = self.runtime.allgather_object(result.loss)
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Control characters, and halves of characters that UTF-8 cannot hold.
@@ -68,3 +68,14 @@ def toml_key(name: str) -> str:
 def _quote(text: str) -> str:
     plain = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", plain) + '"'
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """``0-3, 8``: ascending numbers as runs."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

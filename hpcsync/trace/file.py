@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..wording import ranges
 from .events import BINS, CLOCK, EVENT, FORMAT, LANES, MEMORY, VERSION, Events
 
 FOLDER = "trace"
@@ -305,17 +306,6 @@ def _tell_missing(trace: Trace) -> None:
         )
     if not trace.complete:
         trace.problems.append("the run did not end well, or goes on: the last steps may be missing")
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text: 0-3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def _plain(value: Any) -> Any:

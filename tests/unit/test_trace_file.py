@@ -20,9 +20,9 @@ from hpcsync.errors import UserError
 from hpcsync.trace import writer
 from hpcsync.trace.collector import Collector, Source, event_cost_ns, histogram, memory_of
 from hpcsync.trace.events import BINS, CLOCK, EVENT, LANE, LANES, MEMORY, Events, bins_of
-from hpcsync.trace.file import ranges
 from hpcsync.trace.recorder import FORWARD, Recorder, Ring, room
 from hpcsync.trace.writer import Head, NodeFile
+from hpcsync.wording import ranges
 
 TOPOLOGY = [[0, 1], [2, 3]]
 

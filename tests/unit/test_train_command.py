@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcsync import banner, run_folder, train
+from hpcsync import banner, run_folder, train, wording
 from hpcsync import config as configs
 from hpcsync.arguments import Arguments, parse
 from hpcsync.config import Config
@@ -137,8 +137,8 @@ def test_the_banner_is_one_screen() -> None:
 
 
 def test_words_for_numbers() -> None:
-    assert banner.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-    assert banner.ranges([]) == ""
+    assert wording.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert wording.ranges([]) == ""
     assert [banner.count(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
     assert [banner.size(n) for n in (0, 1023, 1536, 25 << 20, 3 << 40)] == [
         "0 B",

@@ -19,7 +19,8 @@ import numpy as np
 
 from hpcsync.errors import UserError
 from hpcsync.trace.events import LANE, LANES, WIRES, Events
-from hpcsync.trace.file import Trace, ranges
+from hpcsync.trace.file import Trace
+from hpcsync.wording import ranges
 
 from . import output, window
 from .lanes import slots

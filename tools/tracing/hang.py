@@ -10,7 +10,7 @@ from hpcsync.errors import UserError
 from hpcsync.trace import hang
 from hpcsync.trace.analysis import stuck
 from hpcsync.trace.events import NAMES
-from hpcsync.trace.file import ranges
+from hpcsync.wording import ranges
 
 from . import output
 from .output import Column, Report, Table

@@ -22,7 +22,8 @@ from typing import Any
 
 from hpcsync import trace as traces
 from hpcsync.errors import UserError
-from hpcsync.trace.file import Trace, ranges
+from hpcsync.trace.file import Trace
+from hpcsync.wording import ranges
 
 # -- values -------------------------------------------------------------------------------
 

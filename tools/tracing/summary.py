@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 from hpcsync.trace.analysis.summary import Summary, summarise
-from hpcsync.trace.file import RunFacts, Trace, ranges
+from hpcsync.trace.file import RunFacts, Trace
+from hpcsync.wording import ranges
 
 from . import output
 from .output import Column, Report, Table, fixed, ms, percent, plain, ratio, size

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hpcsync.errors import UserError
 from hpcsync.trace.events import LANE, Events
-from hpcsync.trace.file import Trace, ranges
+from hpcsync.trace.file import Trace
+from hpcsync.wording import ranges
 
 from . import lanes, output, page, picture, window
 from .window import Window

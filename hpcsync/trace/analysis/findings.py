@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..file import ranges
+from ...wording import ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

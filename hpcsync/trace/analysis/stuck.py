@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ...wording import ranges
 from ..events import NAMES
-from ..file import ranges
 from ..hang import Dump, Frame, Under
 
 _CONTROL = "hpcsync/runtime.py"

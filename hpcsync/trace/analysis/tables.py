@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UserError
-from ..file import Trace, ranges
+from ...wording import ranges
+from ..file import Trace
 from .account import COLUMNS, Account, account, names_of
 
 Numbers = NDArray[np.float64]
