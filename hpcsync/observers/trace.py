@@ -11,7 +11,7 @@ from ..collectives import Collectives
 from ..config import TraceConfig
 from ..trace.clock import Clocks
 from ..trace.collector import Collector, Source, event_cost_ns
-from ..trace.recorder import HEADER, Ring, room
+from ..trace.recorder import Ring, room
 from ..trace.writer import Head, NodeFile
 from ..transports.base import Buffer, private_buffer
 from ..transports.shared_memory import SharedMemoryError
@@ -120,7 +120,7 @@ class Traces(Observer):
 
     def _ring(self) -> Buffer:
         """Memory for the ring, which the node's first rank sees if it can; collective."""
-        nbytes = max(room(self._config.ring), HEADER)
+        nbytes = room(self._config.ring)
         shared = self._collectives.shared
         node = self._runtime.topology.node(self._runtime.rank)
         if shared is None or len(node) == 1:

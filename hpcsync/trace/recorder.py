@@ -11,7 +11,7 @@ recorded before it takes its number first (``number``) and hands it on as their 
 The ring is a header of ``HEADER`` bytes and slots of ``events.EVENT``. The header counts the spans
 that were ever stored (int64 at 0), the step in progress (int64 at 8) and the last step that is
 over (int64 at 16). A reader takes what lies between two counts, and what the writer overwrote
-meanwhile is lost: ``unread`` says how much.
+meanwhile is lost: ``Ring.lost`` says how much.
 """
 
 from __future__ import annotations

@@ -271,4 +271,4 @@ def test_histograms_and_small_things() -> None:
     resident, peak = memory_of(os.getpid())
     assert peak >= resident > 0
     assert memory_of(2**30) == (0, 0)
-    assert 0 < event_cost_ns() < 1e6
+    assert event_cost_ns() > 0
