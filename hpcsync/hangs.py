@@ -18,11 +18,12 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from . import launch
 from .collectives import Collectives
+from .errors import CollectiveTimeout
 from .trace import hang
 from .trace.analysis import stuck
 from .trace.hang import Dump, Under
@@ -55,9 +56,9 @@ class Hangs:
         """Look for requests no more."""
         self._over.set()
 
-    def timed_out(self) -> None:
+    def timed_out(self, error: CollectiveTimeout) -> None:
         """A collective of this rank is stuck: tell, before the error of it ends the job."""
-        if self._dump("timeout"):
+        if self._dump("timeout", error.__traceback__):
             self._tell()
         else:  # the rank that asked for our dump has to speak first
             time.sleep(_PATIENCE_S + 1.0)
@@ -74,8 +75,12 @@ class Hangs:
             os._exit(STATUS)
         launch.abort(STATUS)
 
-    def _dump(self, reason: str) -> bool:
-        """Leave this rank's dump; False if that was done before."""
+    def _dump(self, reason: str, where: TracebackType | None = None) -> bool:
+        """Leave this rank's dump; False if that was done before.
+
+        Args:
+            where: this thread stood when it gave up; where it stands now if not given.
+        """
         with self._lock:
             if self._dumped:
                 return False
@@ -83,13 +88,13 @@ class Hangs:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._request().touch()
-            hang.save(self._standing(reason, sys._getframe()), self._folder)
+            hang.save(self._standing(reason, where or sys._getframe()), self._folder)
         except Exception as error:  # the job must end all the same
-            where, text = f"rank {self._runtime.rank}", f"{type(error).__name__}: {error}"
-            print(f"hpcsync: warning: {where} cannot leave a dump: {text}", file=sys.stderr)
+            rank, text = self._runtime.rank, f"{type(error).__name__}: {error}"
+            print(f"hpcsync: warning: rank {rank} cannot leave a dump: {text}", file=sys.stderr)
         return True
 
-    def _standing(self, reason: str, frame: FrameType) -> Dump:
+    def _standing(self, reason: str, where: FrameType | TracebackType) -> Dump:
         runtime, recorder = self._runtime, self._collectives.recorder
         active = [
             Under(
@@ -112,10 +117,11 @@ class Hangs:
             step=recorder.step,
             run_id=self._run_id,
             clock_ns=time.perf_counter_ns(),
+            offset_ns=recorder.offset,
             events=recorder.last()[-_EVENTS:],
             active=tuple(active),
             reached=self._collectives.reached(),
-            stacks=hang.stacks(frame),
+            stacks=hang.stacks(where),
         )
 
     def _tell(self) -> None:

@@ -162,10 +162,10 @@ def train(
             signals=signals,
             ring=parts.engine.recorder.ring() if observers.wants_detail() else None,
         ).run()
-    except CollectiveTimeout:
+    except CollectiveTimeout as error:
         if hangs is not None:
             with contextlib.suppress(Exception):  # the error must be told all the same
-                hangs.timed_out()
+                hangs.timed_out(error)
         _ended(observers, "failed", "a collective is stuck")
         raise
     except StoppedError as stop:

@@ -28,6 +28,7 @@ Times = NDArray[np.float64]  # ns of rank 0's clock
 MS = 1e6
 US = 1e3
 MIB = 1 << 20
+RATE = 1.2e8  # bytes/s of a link that is not slow
 BEGIN = 5_000 * MS  # of the first step: room for clocks that are behind
 
 
@@ -40,8 +41,11 @@ class Plan:
         rail_ms: of a bucket's exchange between nodes, for each MiB.
         slow_forward, slow_backward, slow_data: ms more, by rank.
         slow_link: by node: so many times as long takes what passes its link; every node's exchange
-            waits for it, and only when which message came tells whose link it is.
+            waits for it, and only the measured rates tell whose link it is.
+        ready: share of the backward pass at which each bucket is ready; even if not given.
         held: by (rank, bucket): ms by which the bucket is launched late.
+        hooked: by (rank, bucket): ms by which the backward pass stands still before the bucket is
+            ready.
         clock_off: seconds by which a rank's clock is ahead; in its clock rows unless in ``unsaid``.
         drift_ppm: of the clocks, by rank; in the clock rows.
         uncertainty_us: of the clock rows, which are wrong by less.
@@ -68,7 +72,9 @@ class Plan:
     slow_backward: Mapping[int, float] = field(default_factory=dict)
     slow_data: Mapping[int, float] = field(default_factory=dict)
     slow_link: Mapping[int, float] = field(default_factory=dict)
+    ready: tuple[float, ...] = ()
     held: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    hooked: Mapping[tuple[int, int], float] = field(default_factory=dict)
     fault_from: int = 0
     clock_off: Mapping[int, float] = field(default_factory=dict)
     unsaid: tuple[int, ...] = ()
@@ -76,7 +82,7 @@ class Plan:
     uncertainty_us: float = 50.0
     run_id: str = "20260101-000000-traces"
     config: str = ""
-    links: str = "{}"
+    links: str = ""
     complete: bool = True
 
     @property
@@ -90,8 +96,7 @@ class Plan:
 @dataclass(frozen=True)
 class Schedule:
     """True times in ns, (steps, ranks) or (steps, ranks, buckets); ``done`` is the same on all
-    ranks but for microseconds, ``transfer`` (steps, buckets) is without any waiting; ``latest`` is
-    the node whose ranks launched a bucket last, ``alone`` for how long all others waited for it."""
+    ranks but for microseconds, ``transfer`` (steps, buckets) is without any waiting."""
 
     begin: Times
     data: Times
@@ -106,8 +111,6 @@ class Schedule:
     optimizer: Times
     end: Times
     transfer: Times
-    latest: NDArray[np.int64]
-    alone: Times
 
 
 def schedule(plan: Plan) -> Schedule:
@@ -125,8 +128,12 @@ def schedule(plan: Plan) -> Schedule:
     forward = data + lasting(plan.forward_ms, plan.slow_forward)
     backward = forward + lasting(plan.backward_ms, plan.slow_backward)
     long = (backward - forward)[:, :, None]
-    filling = forward[:, :, None] + long * np.arange(buckets) / buckets
-    launched = forward[:, :, None] + long * np.arange(1, buckets + 1) / buckets
+    ready = np.array(plan.ready or np.arange(1, buckets + 1) / buckets)
+    filling = forward[:, :, None] + long * np.concatenate([[0.0], ready[:-1]])
+    launched = forward[:, :, None] + long * ready
+    for (rank, bucket), late in plan.hooked.items():
+        launched[plan.fault_from :, rank, bucket:] += late * MS
+        backward[plan.fault_from :, rank] += late * MS
     for (rank, bucket), late in plan.held.items():
         launched[plan.fault_from :, rank, bucket] += late * MS
     factor = max(plan.slow_link.values(), default=1.0)
@@ -147,8 +154,6 @@ def schedule(plan: Plan) -> Schedule:
     optimizer = exposed + lasting(plan.optimizer_ms, {})
     end = np.broadcast_to(optimizer.max(axis=1, keepdims=True) + 100 * US, (steps, ranks))
     lengths = (end[:, 0] + 200 * US) * plan.every
-    came = first.reshape(steps, plan.nodes, -1, buckets).max(axis=2)
-    ordered = np.sort(came, axis=1)
     begin = BEGIN + np.concatenate([[0.0], np.cumsum(lengths)[:-1]])
     at, at3 = begin[:, None], begin[:, None, None]
     return Schedule(
@@ -165,8 +170,6 @@ def schedule(plan: Plan) -> Schedule:
         optimizer=optimizer + at,
         end=end + at,
         transfer=transfer,
-        latest=came.argmax(axis=1),
-        alone=ordered[:, -1] - ordered[:, -2] if plan.nodes > 1 else ordered[:, -1] * 0,
     )
 
 
@@ -187,14 +190,13 @@ class _Table:
         bucket: int = -1,
         number: int = 0,
         parent: int = 1,
-        spare: int | NDArray[np.int64] = 0,
     ) -> None:
         """Numbers count from 1 in each step; 1 is the step's own."""
         block = np.zeros(self.plan.steps, EVENT)
         block["start"], block["end"] = np.rint(start), np.rint(np.maximum(start, end))
         block["id"], block["parent"] = number or len(self.spans) + 1000, parent
         block["name"], block["lane"] = span
-        block["bytes"], block["bucket"], block["spare"] = int(nbytes), bucket, spare
+        block["bytes"], block["bucket"] = int(nbytes), bucket
         block["step"] = np.arange(self.plan.steps) * self.plan.every + self.plan.every
         block["thread"] = bucket >= 0
         self.spans.append(block)
@@ -211,7 +213,7 @@ class _Table:
         return np.take_along_axis(table, order, axis=1).ravel()
 
 
-def _events(plan: Plan, true: Schedule, rank: int, rng: np.random.Generator) -> Events:
+def _events(plan: Plan, true: Schedule, rank: int) -> Events:
     """A rank's events, in true time."""
     table = _Table(plan)
     times = [getattr(true, name)[:, rank] for name in ("begin", "data", "forward", "backward")]
@@ -227,14 +229,12 @@ def _events(plan: Plan, true: Schedule, rank: int, rng: np.random.Generator) -> 
         table.add(recorder.EXPOSED, backward, exposed)
         table.add(recorder.AGREEMENT, optimizer, end)
         for bucket in range(plan.buckets):
-            _bucket(table, true, rank, bucket, rng)
+            _bucket(table, true, rank, bucket)
     table.add(recorder.OPTIMIZER, exposed, optimizer)
     return table.events()
 
 
-def _bucket(
-    table: _Table, true: Schedule, rank: int, bucket: int, rng: np.random.Generator
-) -> None:
+def _bucket(table: _Table, true: Schedule, rank: int, bucket: int) -> None:
     plan, number = table.plan, 2 + bucket
     nbytes = plan.bucket_mib * MIB
     at = (slice(None), rank, bucket)
@@ -258,7 +258,7 @@ def _bucket(
         early = np.maximum(early, together + local * 0.5)
         table.add(node, first + index * US, early, bucket=bucket, parent=number)
         if plan.nodes > 1:
-            _rail(table, rank, bucket, early, stop - local, sent, true, rng)
+            _rail(table, rank, bucket, early, stop - local, sent, true)
         table.add(
             node, stop - local if plan.nodes > 1 else early, stop, bucket=bucket, parent=number
         )
@@ -272,7 +272,6 @@ def _rail(
     stop: Times,
     sent: float,
     true: Schedule,
-    rng: np.random.Generator,
 ) -> None:
     plan = table.plan
     if plan.codec != "none":
@@ -283,38 +282,8 @@ def _rail(
             (recorder.DECODE, stop - coding),
         ):
             table.add(span, at, at + coding, nbytes=sent / 2, bucket=bucket)
-    late = _latest(plan, rank, bucket, start, stop, true, rng)
     spot = recorder.WIRE["rail"]
-    table.add(spot, start, stop, nbytes=sent, bucket=bucket, parent=2 + bucket, spare=late)
-
-
-def _latest(
-    plan: Plan,
-    rank: int,
-    bucket: int,
-    start: Times,
-    stop: Times,
-    true: Schedule,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """Whose message came last, and after how long a wait for it alone (``events.EVENT``)."""
-    own, local = plan.node(rank), rank % plan.per_node
-    others = np.array([node for node in range(plan.nodes) if node != own])
-    if others.shape[0] < 2:
-        return np.zeros(plan.steps, np.int64)
-    latest = true.latest[:, bucket]
-    peer = rng.choice(others, plan.steps)
-    alone = rng.uniform(0, 0.05, plan.steps) * (stop - start)
-    theirs = latest != own
-    peer[theirs] = latest[theirs]
-    alone = np.where(theirs, np.maximum(alone, true.alone[:, bucket]), alone)
-    for node, factor in plan.slow_link.items():
-        if node != own:
-            hit = np.arange(plan.steps) >= plan.fault_from
-            extra = (true.transfer[:, bucket] - 2 * plan.node_ms * MS) * (1 - 1 / factor)
-            peer[hit], alone = node, np.where(hit, alone + extra / plan.segments, alone)
-    share = np.clip(alone / np.maximum(stop - start, 1), 0, 1)
-    return (peer * plan.per_node + local + 1) | (np.rint(share * 4095).astype(np.int64) << 20)
+    table.add(spot, start, stop, nbytes=sent, bucket=bucket, parent=2 + bucket)
 
 
 def make(folder: Path, plan: Plan | None = None, **changes: object) -> Path:
@@ -356,14 +325,31 @@ def _head(plan: Plan, node: int) -> Head:
             "codec": plan.codec,
             "algorithm": "hierarchical" if plan.nodes > 1 else "direct",
             "buckets": json.dumps([{"index": k, **bucket} for k in range(plan.buckets)]),
-            "links": plan.links,
+            "links": plan.links or _links(plan),
         },
     )
 
 
+def _links(plan: Plan) -> str:
+    """Rates as they are measured at the beginning and at the end."""
+    if plan.nodes < 3:
+        return "{}"
+    found = [
+        {
+            "step": step,
+            "nodes": {
+                str(node): RATE / (1.0 if step < plan.fault_from else plan.slow_link.get(node, 1.0))
+                for node in range(plan.nodes)
+            },
+        }
+        for step in (0, plan.steps * plan.every)
+    ]
+    return json.dumps({"rates": found})
+
+
 def _write(file: NodeFile, plan: Plan, true: Schedule, rank: int) -> None:
     rng = np.random.default_rng((plan.seed, rank))
-    events = _events(plan, true, rank, rng)
+    events = _events(plan, true, rank)
     ahead, drift = plan.clock_off.get(rank, 0.0) * 1e9, plan.drift_ppm.get(rank, 0.0) * 1e-6
     durations = events["end"] - events["start"]
     histogram = np.zeros((len(LANES), BINS), np.uint64)

@@ -18,6 +18,7 @@ From the shell, as root (iproute2 and util-linux must be there):
     python tools/vcluster.py exec node1 -- ip address
     python tools/vcluster.py bytes
     python tools/vcluster.py rate 100mbit
+    python tools/vcluster.py rate 10mbit node1
     python tools/vcluster.py down
 
 `run --nodes 2 --rate 1gbit -- COMMAND` needs no `up`: it makes a cluster for that one command.
@@ -76,8 +77,9 @@ def parser() -> argparse.ArgumentParser:
     execute.add_argument("node")
     for verb in (run, execute):
         verb.add_argument("command", nargs=argparse.REMAINDER, help="-- COMMAND ...")
-    rate = verbs.add_parser("rate", help="change the shape of all links")
+    rate = verbs.add_parser("rate", help="change the shape of all links, or of one node's")
     rate.add_argument("rate")
+    rate.add_argument("node", nargs="?", default="")
     verbs.add_parser("bytes", help="what each node has sent and received")
     verbs.add_parser("down", help="end the cluster and all that runs on it")
     return top
@@ -121,7 +123,7 @@ def act(options: argparse.Namespace) -> int:
     if options.verb in ("run", "exec"):
         return run_command(cluster, options)
     if options.verb == "rate":
-        cluster.set_rate(options.rate)
+        cluster.set_rate(options.rate, options.node)
     elif options.verb == "down":
         cluster.close()
     else:

@@ -217,16 +217,23 @@ class VirtualCluster:
             address = f"address add {self.address(host)}/16 dev eth0"
             self._batch("ip", pid, [address, "link set eth0 up"])
 
-    def set_rate(self, rate: str) -> None:
-        """Shape every link to `rate` each way ("none": unshaped). Raises ClusterError."""
+    def set_rate(self, rate: str, host: str = "") -> None:
+        """Shape every link to `rate` each way ("none": unshaped), or that of one node.
+
+        Raises ClusterError.
+        """
         shape = f"tbf rate {rate} burst {self.state.burst} latency {self.state.queue}"
         shape = "pfifo limit 1000" if rate == "none" else shape
-        ports = [f"qdisc replace dev port{i} root {shape}" for i in range(len(self.hosts))]
+        pids = {each: self.pid(each) for each in ([host] if host else self.hosts)}
+        ports = [
+            f"qdisc replace dev port{self.hosts.index(each)} root {shape}" for each in pids
+        ]
         self._batch("tc", self.state.head, ports)
-        for pid in self.state.nodes:
+        for pid in pids.values():
             self._batch("tc", pid, [f"qdisc replace dev eth0 root {shape}"])
-        self.state.rate = rate
-        self._write_state()
+        if not host:
+            self.state.rate = rate
+            self._write_state()
 
     @staticmethod
     def _batch(tool: str, pid: int, lines: Sequence[str]) -> None:

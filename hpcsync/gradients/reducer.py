@@ -335,6 +335,7 @@ class Reducer:
             return
         if not self._callback:
             self._callback = True
+            self._collectives.recorder.count_step()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._came[index] = True
         if not self._ordered:

@@ -64,7 +64,7 @@ EVENT = np.dtype(
     ]
 )
 """A span of one rank. Times in ns of the rank's own clock; ``bucket`` is -1 and ``parent`` 0 where
-there is none."""
+there is none; ``spare`` is 0."""
 
 CLOCK = np.dtype([("local", "<i8"), ("offset", "<i8"), ("uncertainty", "<i8")])
 """At ``local`` ns of a rank's clock, ``local + offset`` is rank 0's time, give or take

@@ -14,10 +14,11 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -201,22 +202,25 @@ def load(folder: str | Path) -> Dumps:
     return Dumps(sorted(dumps, key=lambda dump: dump.rank), problems)
 
 
-def stacks(current: FrameType | None = None) -> tuple[Stack, ...]:
+def stacks(current: FrameType | TracebackType | None = None) -> tuple[Stack, ...]:
     """Where all threads of this process stand, the main thread first.
 
     Args:
         current: frame at which the calling thread is told to stand, such as the one that a
-            signal handler is given; its caller's if not given.
+            signal handler is given, or where it stood when an exception was raised; its caller's
+            if not given.
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = dict(sys._current_frames())
+    found = {ident: _frames(frame) for ident, frame in sys._current_frames().items()}
     mine = threading.get_ident()
-    frames[mine] = current or sys._getframe(1)
+    if isinstance(current, TracebackType):
+        found[mine] = _raised(current)
+    else:
+        found[mine] = _frames(current or sys._getframe(1))
     main = threading.main_thread().ident
-    order = sorted(frames, key=lambda ident: (ident != main, names.get(ident, "")))
+    order = sorted(found, key=lambda ident: (ident != main, names.get(ident, "")))
     return tuple(
-        Stack(thread=names.get(ident, f"thread {ident}"), frames=_frames(frames[ident]))
-        for ident in order
+        Stack(thread=names.get(ident, f"thread {ident}"), frames=found[ident]) for ident in order
     )
 
 
@@ -232,6 +236,15 @@ def _frames(frame: FrameType | None) -> tuple[Frame, ...]:
         found.append(Frame(frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name))
         frame = frame.f_back
     return tuple(reversed(found))
+
+
+def _raised(trace: TracebackType) -> tuple[Frame, ...]:
+    """Where an exception was raised, from the outermost frame on, not only from its handler's."""
+    inner = [
+        Frame(frame.f_code.co_filename, line, frame.f_code.co_name)
+        for frame, line in traceback.walk_tb(trace)
+    ]
+    return (*_frames(trace.tb_frame.f_back), *inner)
 
 
 def _find(folder: Path) -> list[Path]:

@@ -96,6 +96,7 @@ class Recorder:
         self._main = threading.main_thread().ident
         self.step = 0
         self.parent = 0  # of spans that name none
+        self.offset = 0  # what to add to times to get rank 0's, as it was measured last
         self.joined = 0  # when the last backward pass of this rank began to wait for others
 
     def move(self, memory: Bytes) -> None:
@@ -151,6 +152,12 @@ class Recorder:
         self.parent = self.number()
         _pack_count(self._view, 8, step)
         return self.parent
+
+    def count_step(self) -> None:
+        """Another step, where no training loop says when they begin and end."""
+        if not self.parent:
+            self.step += 1
+            _pack_count(self._view, 8, self.step)
 
     def end_step(self, start: int) -> None:
         """The step that began at ``start`` is over."""

@@ -183,6 +183,26 @@ def test_rate_shapes_both_ends_and_changes() -> None:
 
 
 @needs_cluster
+def test_the_link_of_one_node_has_a_rate_of_its_own() -> None:
+    """Both ends of that link, and no other's."""
+
+    def shapes(cluster: VirtualCluster) -> list[str]:
+        argv = ["tc", "qdisc", "show", "dev", "eth0"]
+        nodes = [
+            cluster.spawn(host, argv, stdout=subprocess.PIPE, text=True) for host in cluster.hosts
+        ]
+        return [str(node.communicate(timeout=20)[0]) for node in nodes]
+
+    with VirtualCluster(2, "1gbit") as cluster:
+        cluster.set_rate("10mbit", "node1")
+        first, second = shapes(cluster)
+        assert "1Gbit" in first
+        assert "10Mbit" in second
+        with pytest.raises(ClusterError, match="no node 'node5'"):
+            cluster.set_rate("10mbit", "node5")
+
+
+@needs_cluster
 def test_plain_ranks_get_what_torchrun_sets() -> None:
     """One ordinary process a rank: Gloo sums over the nodes."""
     pytest.importorskip("torch")

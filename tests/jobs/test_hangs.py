@@ -78,6 +78,11 @@ def test_a_missing_rank_is_named(tmp_path: Path, ranks_per_node: int) -> None:
         assert line.strip() in outcome.stderr
     assert outcome.stderr.count("hpcsync: error:") == 1
     assert dumps[1].step == 3
+    # Who gave up tells where it waited, not where it told.
+    (gave_up, *_) = (dump for dump in dumps if dump.reason == "timeout")
+    frames = gave_up.stacks[0].frames
+    assert not frames[-1].file.endswith("hangs.py")
+    assert "backward" in [frame.function for frame in frames]
     assert dumps[0].events.shape[0] > 10
 
 

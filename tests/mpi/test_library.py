@@ -300,8 +300,10 @@ def test_an_unchanged_torch_loop(width: int) -> None:
         )
     for mine, theirs in zip(ours.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    steps = ours.collectives.recorder.step
     with ours.no_sync():
         ours(inputs[:1]).sum().backward()
+    assert ours.collectives.recorder.step == steps > 0
     assert ours.finite()
     hpcsync.shutdown()
 

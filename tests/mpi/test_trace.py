@@ -14,6 +14,7 @@ from hpcsync.config import TopologyConfig
 from hpcsync.trace import clock
 from hpcsync.trace.clock import Clocks
 from hpcsync.trace.events import LANE, Events
+from hpcsync.trace.links import Links
 from tests.mpi.test_train import run
 
 pytestmark = pytest.mark.mpi
@@ -56,6 +57,15 @@ def test_a_clock_that_is_off_is_found(
         clocks.close()
     wanted = -2 * SECONDS if off else 0
     assert abs(int(row["offset"]) - wanted) <= int(row["uncertainty"])
+
+
+def test_links_are_measured_from_three_nodes_on(comm: MPI.Intracomm) -> None:
+    with launch.start(TopologyConfig(ranks_per_node=1)) as runtime:
+        links = Links(runtime)
+        for _ in range(2):
+            rate = links.measure()
+            assert (rate > 0) == (comm.size > 2)
+        links.close()
 
 
 def of(events: Events, lane: str) -> Events:

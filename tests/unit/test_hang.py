@@ -191,6 +191,25 @@ def test_a_signal_handlers_frame_stands_for_its_thread() -> None:
     assert stacks(interrupted())[0].frames[-1].function == "interrupted"
 
 
+def test_an_exceptions_frames_stand_for_its_thread() -> None:
+    """From the outermost frame to where it was raised, though it is caught half way."""
+
+    def gives_up() -> None:
+        raise TimeoutError
+
+    def catches() -> tuple[Frame, ...]:
+        try:
+            gives_up()
+        except TimeoutError as error:
+            return stacks(error.__traceback__)[0].frames
+        raise AssertionError
+
+    names = [frame.function for frame in catches()]
+    here = names.index("test_an_exceptions_frames_stand_for_its_thread")
+    assert names[here:][-2:] == ["catches", "gives_up"]
+    assert here > 0
+
+
 # What they say together
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpcsync import trace
 from hpcsync.errors import UserError
-from hpcsync.trace.analysis.account import PARTS, account, late_peer, names_of
+from hpcsync.trace.analysis.account import PARTS, account, names_of
 from hpcsync.trace.analysis.exchange import collectives, exchange, middle, waiting_share
 from hpcsync.trace.analysis.summary import summarise
 from hpcsync.trace.analysis.tables import Tables, collect
@@ -103,12 +103,6 @@ def test_a_step_that_was_cut_off_does_not_count() -> None:
     assert found.steps.tolist() == [1]
     assert found.columns["forward"].tolist() == [40]
     assert account(events[2:], names_of(())) is None
-
-
-def test_whose_message_came_last() -> None:
-    peer, share = late_peer(np.array([0, 8 | 4095 << 20, 1], np.uint32))
-    assert peer.tolist() == [-1, 7, 0]
-    assert share.tolist() == [0, 1, 0]
 
 
 def test_the_middle_of_two_is_the_smaller() -> None:

@@ -117,26 +117,37 @@ def test_a_bucket_that_is_held_back(
     assert f"bucket {bucket} is held back at rank {rank} " in fault.text
 
 
-@pytest.mark.parametrize("shape", [FOUR, {"ranks": 3, "nodes": 3}], ids=str)
-def test_a_slow_link_is_named_by_whose_messages_come_last(
-    tmp_path: Path, shape: dict[str, int]
+LUMPED = {"ranks": 3, "nodes": 3, "buckets": 3, "ready": (0.2, 0.9, 1.0), "backward_ms": 4.0}
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 1), (0, 2), (2, 0)])
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_a_hook_that_holds_back_one_bucket(
+    tmp_path: Path, rank: int, bucket: int, noise: float
 ) -> None:
-    found = summary(tmp_path, slow_link={2: 4.0}, rail_ms=4.0, **shape)
+    """The backward pass is longer for it, and most of it belongs to one bucket anyway."""
+    fault = only(summary(tmp_path, hooked={(rank, bucket): 40.0}, noise=noise, **LUMPED))
+    assert (fault.kind, fault.ranks, fault.bucket) == ("bucket", (rank,), bucket)
+    assert fault.lost_ms == pytest.approx(40.0, rel=0.35)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1])
+def test_a_slow_backward_pass_is_no_held_back_bucket(tmp_path: Path, noise: float) -> None:
+    fault = only(summary(tmp_path, slow_backward={1: 40.0}, noise=noise, **LUMPED))
+    assert (fault.kind, fault.ranks, fault.lane) == ("straggler", (1,), "backward")
+
+
+@pytest.mark.parametrize("shape", [FOUR, {"ranks": 3, "nodes": 3}], ids=str)
+@pytest.mark.parametrize("fault_from", [0, 6])
+def test_a_slow_link_is_named(tmp_path: Path, shape: dict[str, int], fault_from: int) -> None:
+    found = summary(tmp_path, slow_link={2: 4.0}, fault_from=fault_from, rail_ms=4.0, **shape)
     fault = only(found)
     assert (fault.kind, fault.node) == ("link", 2)
     assert found.verdict.bound == "communication"
     assert "link of node 2 is slow" in found.verdict.text
 
 
-def test_a_slow_link_is_named_by_what_was_measured(tmp_path: Path) -> None:
-    links = '{"nodes": {"0": 1.2e8, "1": 2.5e7, "2": 1.1e8}}'
-    fault = only(summary(tmp_path, ranks=3, nodes=3, rail_ms=8.0, links=links))
-    assert (fault.kind, fault.node) == ("link", 1)
-    assert "25 MB/s were measured, 110 of most" in fault.text
-
-
 def test_a_late_node_has_no_slow_link(tmp_path: Path) -> None:
-    """It is waited for, too, but its own part of the exchange is the shorter for it."""
     found = summary(tmp_path, slow_forward={4: 60.0, 5: 60.0}, rail_ms=4.0, **FOUR)
     assert [fault.kind for fault in found.findings] == ["straggler"]
 

@@ -95,6 +95,16 @@ def test_threads_lose_nothing() -> None:
         np.testing.assert_array_equal(ends, np.arange(each))
 
 
+def test_steps_are_counted_where_no_loop_begins_them() -> None:
+    recorder = Recorder(4)
+    recorder.count_step()
+    recorder.count_step()
+    assert recorder.step == 2
+    recorder.begin_step(7)
+    recorder.count_step()  # the loop's own step goes on
+    assert recorder.step == 7
+
+
 def test_it_may_move_to_other_memory() -> None:
     recorder = Recorder(4)
     recorder.add(STEP, 1, 2)

@@ -84,7 +84,5 @@ def _spans(spans: int, steps: int) -> Events:
     made["name"] = random.integers(len(NAMES) // 2, len(NAMES), made.shape)
     made["lane"] = np.array([LANE[lane] for _, lane in NAMES])[made["name"]]
     made["bytes"] = (1 << 19) - 64 * (near % 4)
-    between = made["lane"] == LANE["wire.rail"]
-    made["spare"] = np.where(between, random.integers(0, 1 << 32, made.shape), 0)
     made["thread"] = 1
     return made.ravel()

@@ -33,7 +33,6 @@ COLUMNS = (
 """Of a step, in ns (bytes in bytes): ``comm`` is the time in which a bucket was being exchanged,
 ``hidden`` the part of it in which the rank computed."""
 
-_PEER_BITS = 20  # of the field ``spare`` of wire events; above them the share
 
 
 class Names(NamedTuple):
@@ -80,9 +79,6 @@ class Account:
         columns: of ``COLUMNS``, (steps,) each.
         begin, arrive, end: of the step, its arrival at the agreement, and the end of that; ns of
             the rank's own clock.
-        rail: time of all stages between nodes, (steps,).
-        waited_for, waits: what of it was waiting for one rank's message alone: those ranks, and ns,
-            (steps, those ranks).
     """
 
     steps: NDArray[np.int64]
@@ -91,9 +87,6 @@ class Account:
     arrive: NDArray[np.float64]
     end: NDArray[np.float64]
     buckets: Buckets
-    rail: NDArray[np.float64]
-    waited_for: NDArray[np.int64]
-    waits: NDArray[np.float64]
 
 
 def account(events: Events, names: Names) -> Account | None:
@@ -146,7 +139,6 @@ class _Rank:
         end = self.high.astype(np.float64)
         arrive = end.copy()
         arrive[self.place[agreement]] = self.start[agreement]
-        rail, waited_for, waits = self._waits()
         return Account(
             steps=self.steps,
             columns=columns,
@@ -154,9 +146,6 @@ class _Rank:
             arrive=arrive,
             end=end,
             buckets=self._buckets(),
-            rail=rail,
-            waited_for=waited_for,
-            waits=waits,
         )
 
     def _parts(self, agreement: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
@@ -234,27 +223,7 @@ class _Rank:
             backward=backward,
         )
 
-    def _waits(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-        """Stages between nodes: their time, and for whose message alone they waited."""
-        mask = self.of("wire.rail")
-        long = (self.end - self.start)[mask].astype(np.float64)
-        rail = np.bincount(self.place[mask], long, self.steps.shape[0]).astype(np.float64)
-        peer, share = late_peer(self.events["spare"][mask])
-        told = peer >= 0
-        peers, column = np.unique(peer[told], return_inverse=True)
-        alone = np.zeros((self.steps.shape[0], peers.shape[0]))
-        np.add.at(alone, (self.place[mask][told], column), (share * long)[told])
-        return rail, peers, alone
-
 
 _MAIN = ("data", "forward", "backward", "optimizer", "wait")
-
-
-def late_peer(spare: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Of a stage's field ``spare``: the rank whose message it waited for longest, or -1 where that
-    is not known, and the share of the stage in which it waited for that one alone."""
-    peer = (spare & ((1 << _PEER_BITS) - 1)).astype(np.int64) - 1
-    return peer, (spare >> _PEER_BITS) / 4095.0
-
 
 __all__ = ["COLUMNS", "PARTS", "STAGES", "Account", "Buckets", "Times", "account", "names_of"]

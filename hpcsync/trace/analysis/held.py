@@ -11,6 +11,7 @@ from .straggler import LEAST_SHARE, excess, since
 from .tables import Numbers, Tables
 
 _OWN = 0.5  # of a rank's latest bucket that must have come with the bucket itself
+_TOLD = 0.3  # of its lateness that a pass slow throughout must leave unexplained beyond that
 
 
 def held_back(tables: Tables, found: Exchange) -> list[Finding]:
@@ -24,11 +25,15 @@ def held_back(tables: Tables, found: Exchange) -> list[Finding]:
     passes = tables.columns["backward"]
     longer = passes - middle(passes)
     usual = middle(passes)
-    where = np.nan_to_num(middle(found.started)) / np.maximum(usual, 1.0)[:, None]
-    order = np.argsort(np.median(where, axis=0), kind="stable")
+    # Where in the pass a bucket is ready; first rounds may come in any order, and after it.
+    ready = middle(tables.launched - tables.backward[:, :, None])
+    there = np.isfinite(ready).any(axis=0)  # others were laid out anew before these steps
+    where = np.zeros(there.shape)
+    where[there] = np.nanmedian((ready / np.maximum(usual, 1.0)[:, None])[:, there], axis=0)
+    order = np.argsort(where, kind="stable")
     found_here = []
     for row in range(len(tables.ranks)):
-        own = _own_part(late[row][:, order], where[:, order], longer[row])
+        own = _own_part(late[row][:, order], where[order], longer[row])
         for at, k in enumerate(order):
             lost = _loss(own[:, at], tables.columns["whole"][row])
             if lost > 0:
@@ -37,14 +42,19 @@ def held_back(tables: Tables, found: Exchange) -> list[Finding]:
 
 
 def _own_part(late: Numbers, where: Numbers, longer: Numbers) -> Numbers:
-    """What of a bucket's lateness came with it, not with one before, nor with a backward pass that
-    is slow throughout; (S, K) in the order of launching."""
-    before = np.maximum.accumulate(np.maximum(late, 0.0), axis=1)
-    before = np.concatenate([np.zeros((late.shape[0], 1)), before[:, :-1]], axis=1)
-    step = np.diff(where, axis=1, prepend=0.0)
-    own = late - before - np.maximum(longer, 0.0)[:, None] * np.clip(step, 0.0, 1.0)
-    worst = np.maximum(late.max(axis=1, keepdims=True), 0.0)
-    return np.where(own >= _OWN * worst, np.maximum(own, 0.0), 0.0)
+    """What of a bucket's lateness came with it, and with it alone; (S, K) in the order in which
+    buckets are ready.
+
+    A pass that is slow throughout makes every bucket later by its share of the pass. Which of the
+    two it was is told by what each leaves unexplained.
+    """
+    reached = np.maximum.accumulate(np.maximum(late, 0.0), axis=1)
+    more = np.diff(reached, axis=1, prepend=0.0)
+    even = np.maximum(longer, 0.0)[:, None] * np.clip(np.diff(where, prepend=0.0), 0.0, 1.0)
+    throughout = np.abs(more - even).sum(axis=1, keepdims=True)
+    alone = more.sum(axis=1, keepdims=True) - more
+    told = (throughout - alone >= _TOLD * more) & (more >= _OWN * late.max(axis=1, keepdims=True))
+    return np.where(told, more, 0.0)
 
 
 def _loss(own: Numbers, whole: Numbers) -> float:

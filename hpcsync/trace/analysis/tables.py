@@ -34,8 +34,6 @@ class Tables:
         shift: what to add to times of a rank in a step to get rank 0's, (R, S).
         arrive: when a rank came to the end of its step, on rank 0's clock, (R, S).
         uncertainty: of ``shift``, (R,); infinite where a clock was never compared.
-        rail: time of the stages between nodes, (R, S).
-        waits: for each rank, by rank: ns for which it waited for that one's messages alone, (S,).
     """
 
     ranks: tuple[int, ...]
@@ -52,8 +50,6 @@ class Tables:
     shift: Numbers
     arrive: Numbers
     uncertainty: Numbers
-    rail: Numbers
-    waits: tuple[dict[int, Numbers], ...]
 
     def mean(self, name: str) -> float:
         """Mean of a column over ranks and steps."""
@@ -127,13 +123,12 @@ def _stack(trace: Trace, accounts: dict[int, Account], steps: NDArray[np.int64])
     buckets = np.unique(np.concatenate([each.buckets.index for each in accounts.values()]))
     shape = (len(ranks), steps.shape[0])
     columns = {name: np.zeros(shape) for name in COLUMNS}
-    flat = {name: np.zeros(shape) for name in ("backward", "shift", "arrive", "rail")}
+    flat = {name: np.zeros(shape) for name in ("backward", "shift", "arrive")}
     deep = {
         name: np.full((*shape, buckets.shape[0]), np.nan)
         for name in ("launched", "first", "done", "fill", "nbytes")
     }
     uncertainty = np.zeros(len(ranks))
-    waits: list[dict[int, Numbers]] = []
     for row, rank in enumerate(ranks):
         each = accounts.pop(rank)
         at = np.searchsorted(each.steps, steps)
@@ -147,9 +142,7 @@ def _stack(trace: Trace, accounts: dict[int, Account], steps: NDArray[np.int64])
         flat["shift"][row] = trace.offset(rank, middle.astype(np.int64))
         flat["arrive"][row] = each.arrive[at] + flat["shift"][row]
         flat["backward"][row] = each.buckets.backward[at]
-        flat["rail"][row] = each.rail[at]
         uncertainty[row] = trace.uncertainty(rank) if len(ranks) > 1 else 0.0
-        waits.append(dict(zip(each.waited_for.tolist(), each.waits[at].T, strict=True)))
     return Tables(
         ranks=ranks,
         steps=steps,
@@ -162,7 +155,6 @@ def _stack(trace: Trace, accounts: dict[int, Account], steps: NDArray[np.int64])
         fill=deep["fill"],
         nbytes=_largest(deep["nbytes"]),
         uncertainty=uncertainty,
-        waits=tuple(waits),
         **flat,
     )
 
