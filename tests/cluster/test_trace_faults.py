@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from hpcsync.trace import hang
+from hpcsync.trace.analysis import stuck
 from tests import launcher
 from tools.vcluster import VirtualCluster
 
@@ -29,13 +31,20 @@ FAULT = os.environ.get("FAULT", "")
 class Model(nn.Module):
     def __init__(self, inner):
         super().__init__()
-        self.inner = inner
+        self.inner, self.calls = inner, 0
         if FAULT == "hook" and RANK == 1:
             inner.layers[1][0].weight.register_hook(lambda grad: time.sleep(0.06))
 
     def forward(self, inputs, targets):
+        self.calls += 1
+        if FAULT == "stuck" and RANK == 1 and self.calls == 3:
+            waits_here_for_ever()
         time.sleep(0.04 + (0.06 if FAULT == "forward" and RANK == 1 else 0.0))
         return self.inner(inputs, targets)
+
+
+def waits_here_for_ever():
+    time.sleep(600)
 
 
 class Held(Wait):
@@ -75,19 +84,21 @@ WORDS = (
 CLOCK = 'exec unshare --time --monotonic 2 --fork --kill-child "$@"'
 
 
-def run(cluster: VirtualCluster, folder: Path, fault: str = "") -> dict[str, Any]:
-    """What tools/trace.py says of a job of one rank a node with that fault."""
+def job(
+    cluster: VirtualCluster, folder: Path, fault: str, *words: str
+) -> subprocess.CompletedProcess[str]:
+    """A job of one rank a node with that fault, or whose node1 has a clock that is 2 s ahead."""
     (folder / "faulty.py").write_text(MODULE)
-    command = [sys.executable, "-m", "hpcsync.train", *WORDS, "--out", str(folder / "run")]
-    if fault == "clock":
-        script = f'[ "$(hostname)" = node1 ] && {CLOCK}; exec "$@"'
-        command = ["sh", "-c", script, "sh", *command]
-    done = cluster.run_mpi(
-        command,
-        cwd=str(folder),
-        env=launcher.environment({"FAULT": fault}),
-        timeout=120,
-    )
+    run = [sys.executable, "-m", "hpcsync.train", *WORDS, *words, "--out", str(folder / "run")]
+    if "clock" in fault:
+        run = ["sh", "-c", f'[ "$(hostname)" = node1 ] && {CLOCK}; exec "$@"', "sh", *run]
+    env = launcher.environment({"FAULT": fault.removeprefix("clock ")})
+    return cluster.run_mpi(run, cwd=str(folder), env=env, timeout=120)
+
+
+def run(cluster: VirtualCluster, folder: Path, fault: str = "") -> dict[str, Any]:
+    """What tools/trace.py says of a job with that fault."""
+    done = job(cluster, folder, fault)
     assert done.returncode == 0, done.stdout + done.stderr
     tool = [sys.executable, str(launcher.ROOT / "tools" / "trace.py"), "summary"]
     told = subprocess.run(
@@ -142,3 +153,15 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
         found = run(cluster, tmp_path, "forward")
     (fault,) = faults(found)
     assert (fault["kind"], fault["ranks"], fault["lane"]) == ("straggler", "1", "forward")
+
+
+def test_a_rank_that_never_joins_is_named(tmp_path: Path) -> None:
+    """By its stack; what its clock is off by stands in its dump."""
+    with VirtualCluster(3, "1gbit") as cluster:
+        done = job(cluster, tmp_path, "clock stuck", "comm.timeout_s=5")
+    assert done.returncode != 0
+    assert "waits_here_for_ever" in done.stderr, done.stderr
+    dumps = hang.load(tmp_path / "run").dumps
+    assert stuck.report(dumps, 3).missing == (1,)
+    assert [round(dump.offset_ns / 1e9) for dump in dumps] == [0, -2, 0]
+    assert [dump.step for dump in dumps] == [3, 3, 3]
