@@ -158,15 +158,19 @@ class Progress:
             elif self._asleep:
                 self._wake.notify()
 
-    def drive(self) -> None:
+    def drive(self) -> bool:
         """A round of the calling thread, which has other work; often called, rarely more.
+
+        Returns:
+            Whether the round moved anything.
 
         Raises:
             Exception: whatever a job raised.
         """
         if self._incoming or (self._busy and time.perf_counter() - self._driven_s > _BREATH_S):
             self._driven_s = time.perf_counter()
-            self._try_round()
+            return self._try_round()
+        return False
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Do rounds until ``condition``, which a job's end makes true.

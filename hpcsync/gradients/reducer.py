@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..collectives import Collectives
 from ..config import CommConfig
 from ..errors import HpcsyncError, ModelError, UserError
-from ..trace.recorder import EXPOSED, FILL, now
+from ..trace.recorder import DRIVEN, EXPOSED, FILL, now
 from . import memory
 from .auto import Auto
 from .bucket import Bucket, Transform
@@ -320,6 +320,7 @@ class Reducer:
         self._used = [False] * len(self._params)
         self._came = [False] * len(self._params)
         self._callback = False
+        self._driven_ns = 0  # that the computing thread spent on rounds of the exchange
         for bucket in self._buckets:
             bucket.reset()
 
@@ -346,7 +347,11 @@ class Reducer:
         if bucket.pending == 0 and self._config.overlap:
             self._launch(bucket)
         if self._drives:
-            self._collectives.progress.drive()
+            start = now()
+            if self._collectives.progress.drive():
+                ended = now()
+                self._collectives.recorder.add(DRIVEN, start, ended)
+                self._driven_ns += ended - start
 
     def _late(self, index: int) -> None:
         raise ModelError(
@@ -382,7 +387,9 @@ class Reducer:
             ended = now()
             recorder.add(EXPOSED, start, ended)
             began, waited = start / 1e9, (ended - start) / 1e9
-            self.stats = step_comm([bucket.collective for bucket in self._buckets], waited)
+            self.stats = step_comm(
+                [bucket.collective for bucket in self._buckets], waited, self._driven_ns / 1e9
+            )
             failed = any(bucket.failed_anywhere() for bucket in self._buckets)
             for index, used in enumerate(self._used):
                 bucket, slot = self._place[index]

@@ -35,6 +35,7 @@ NAMES = (
     ("backward", "backward"),
     ("optimizer", "optimizer"),
     ("exposed", "wait"),
+    ("driven", "wait"),
     ("agreement", "wait"),
     ("fill", "queue"),
     ("queued", "queue"),

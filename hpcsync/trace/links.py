@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from ..runtime import Runtime
 from .recorder import now
 
-# The first message is more than a shaped link lets pass at once.
 _FIRST, _LARGEST, _GROWTH = 1 << 19, 1 << 23, 4  # bytes
 _SHORT_S = 1e-3  # an exchange that is shorter tells too little
-_TIMES, _LONG_S = 3, 0.1  # of an exchange, and until when there may be another one
+_TIMES, _LONG_S = 2, 0.1  # exchanges that count, and until when there may be another one
 _TURNS = 4
 _GREET, _TOOK, _LOAD = 711, 712, 713
 
@@ -72,13 +71,18 @@ class Links:
 
     def _rate(self, other: int, out: Bytes, into: Bytes) -> float:
         self._greet(other)
-        nbytes, best, spent, count = _FIRST, float("inf"), 0.0, 0
-        while count < _TIMES and spent < _LONG_S:
+        nbytes = _FIRST
+        while (taken := self._exchange(other, out[:nbytes], into[:nbytes])) < _SHORT_S:
+            if nbytes == _LARGEST:
+                break
+            nbytes *= _GROWTH
+        # A link that was idle may let a burst pass faster than it goes on.
+        best, spent = float("inf"), taken
+        for _ in range(_TIMES):
             taken = self._exchange(other, out[:nbytes], into[:nbytes])
-            if not count and taken < _SHORT_S and nbytes < _LARGEST:
-                nbytes *= _GROWTH
-                continue
-            best, spent, count = min(best, taken), spent + taken, count + 1
+            best, spent = min(best, taken), spent + taken
+            if spent > _LONG_S:
+                break
         return nbytes / best
 
     def _greet(self, other: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,34 @@ def test_overlap_is_what_compute_hides(tmp_path: Path) -> None:
     assert hidden.comm_ms < bare.comm_ms
     exposed = next(part for part in bare.parts if part.name == "exposed")
     assert bare.overlap == pytest.approx(1 - exposed.ms / bare.comm_ms, abs=0.01)
+
+
+def test_overlap_goes_by_the_rate_of_the_links(tmp_path: Path) -> None:
+    told = {"rates": [{"step": 0, "nodes": {"0": 1e8, "1": 1e8}}]}
+    found = summary(make(tmp_path / "run", rail_ms=8.0, links=json.dumps(told)))
+    sent = found.tables.columns["bytes.wire.rail"][found.tables.node == 0].mean(axis=1).sum()
+    assert found.alone_ms == pytest.approx(sent / 1e8 * 1e3)
+    exposed = next(part for part in found.parts if part.name == "exposed")
+    share = 1 - exposed.ms * (1 - found.waiting) / found.alone_ms
+    assert found.overlap == pytest.approx(share, abs=0.01)
+
+
+def test_working_for_the_exchange_is_no_computation() -> None:
+    names = ("exposed", "driven", "agreement", "fill", "queued", "combine", "step", "backward")
+    rows = np.zeros(4, EVENT)
+    rows["step"] = 1
+    for row, lane, name, start, end in (
+        (rows[0], "step", "step", 0, 100),
+        (rows[1], "backward", "backward", 10, 80),
+        (rows[2], "wait", "driven", 30, 45),
+        (rows[3], "wait", "exposed", 80, 95),
+    ):
+        row["lane"], row["name"] = LANE[lane], names.index(name)
+        row["start"], row["end"] = start, end
+    found = account(rows, names_of(names))
+    assert found is not None
+    parts = {name: int(found.columns[name][0]) for name in ("compute", "exposed", "driven")}
+    assert parts == {"compute": 55, "exposed": 30, "driven": 15}
 
 
 def summary(run: Path):

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcsync.trace.analysis.intervals import common, covered, joined, union
+from hpcsync.trace.analysis.intervals import covered, joined, union
 
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=12)
 WINDOWS = st.lists(st.tuples(st.integers(-5, 70), st.integers(-5, 70)), min_size=1, max_size=6)
@@ -43,8 +43,4 @@ def test_what_is_covered_of_windows(
     assert covered(first, low, high).tolist() == [len(a & window) for window in inside]
     assert covered(joined(first, second), low, high).tolist() == [
         len((a | b) & window) for window in inside
-    ]
-    kept = [index for index, (start, end) in enumerate(windows) if end >= start]
-    assert common(first, second, low, high)[kept].tolist() == [
-        len(a & b & inside[index]) for index in kept
     ]

@@ -98,9 +98,9 @@ def _after(trace: Trace, found: Summary, most: int | None) -> list[str]:
     lines = []
     if found.comm_ms > 0:
         lines.append(
-            f"communication {found.comm_ms:.2f} ms a step; overlap {found.overlap:.1%} of it is "
-            f"hidden behind compute; of what is exposed {found.waiting:.0%} is waiting for late "
-            "ranks"
+            f"communication is under way for {found.comm_ms:.2f} ms of a step and would take "
+            f"{found.alone_ms:.2f} ms by itself; overlap: {found.overlap:.1%} of that is hidden "
+            f"behind compute; of the wait for it {found.waiting:.0%} is for late ranks"
         )
     lines.append(f"imbalance of the ranks' own work (largest over mean): {found.balance:.3f}")
     came = found.arrival
@@ -132,6 +132,7 @@ def _values(facts: RunFacts, found: Summary) -> dict[str, Any]:
         "algorithm": facts.algorithm,
         "step_ms": found.step_ms,
         "comm_ms": found.comm_ms,
+        "alone_ms": found.alone_ms,
         "overlap": found.overlap,
         "waiting_share": found.waiting,
         "imbalance": found.balance,

@@ -3,7 +3,8 @@
 A moment of a step counts once, for the first of these that covers it:
 
     idle       waiting at the end of the step until all ranks have come to it
-    exposed    computation stands still until the exchange of gradients is done
+    exposed    computation stands still for the exchange of gradients: its thread works on that
+               between two gradients, or waits for it at the end of the backward pass
     data, optimizer, compute (forward and backward), other (checkpoints, and what no span covers)
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..events import LANE, WIRES, Events
-from .intervals import Times, Union, common, covered, joined, union
+from .intervals import Times, Union, covered, joined, union
 
 PARTS = ("compute", "exposed", "data", "optimizer", "idle", "other")
 """That a step's time is divided into, without rest."""
@@ -26,19 +27,19 @@ STAGES = (*WIRES, "encode", "combine", "decode")
 
 COLUMNS = (
     *("whole", *PARTS),
-    *("forward", "backward", "checkpoint", "uncovered"),
-    *("comm", "hidden", *STAGES),
+    *("driven", "forward", "backward", "checkpoint", "uncovered"),
+    *("comm", *STAGES),
     *("bytes", *(f"bytes.{name}" for name in WIRES)),
 )
-"""Of a step, in ns (bytes in bytes): ``comm`` is the time in which a bucket was being exchanged,
-``hidden`` the part of it in which the rank computed."""
-
+"""Of a step, in ns (bytes in bytes): ``driven`` is the part of ``exposed`` within the backward
+pass, ``comm`` the time in which a bucket was being exchanged."""
 
 
 class Names(NamedTuple):
     """Codes in a file of the names that share a lane with others."""
 
     exposed: int
+    driven: int
     agreement: int
     fill: int
     queued: int
@@ -153,6 +154,7 @@ class _Rank:
         forward, backward = self.of("forward"), self.of("backward")
         found = {"whole": (self.high - self.low).astype(np.float64)}
         taken, so_far = Union(self.start[:0], self.end[:0]), np.zeros(self.steps.shape)
+        found["driven"] = self.within(self.union(self.of("wait", self.names.driven)))
         for part, mask in (
             ("idle", agreement),
             ("exposed", exposed),
@@ -172,11 +174,9 @@ class _Rank:
 
     def _exchange(self) -> dict[str, NDArray[np.float64]]:
         buckets = self.union(self.of("bucket"))
-        compute = self.union(self.of("forward") | self.of("backward"))
         combine = self.of("encode", self.names.combine)
         found = {
             "comm": self.within(buckets),
-            "hidden": common(buckets, compute, self.low, self.high).astype(np.float64),
             "encode": self.within(self.union(self.of("encode") & ~combine)),
             "combine": self.within(self.union(combine)),
             "decode": self.within(self.union(self.of("decode"))),

@@ -125,7 +125,7 @@ def waiting_share(tables: Tables, found: Exchange) -> float:
     The rank whose backward pass ended last waits for transfer alone, and the least. Where a rank
     held back a bucket, all wait for that: as long as for the bucket that was done last.
     """
-    exposed = tables.columns["exposed"]
+    exposed = tables.columns["exposed"] - tables.columns["driven"]
     total = float(exposed.sum())
     if not found.active.size or total <= 0:
         return 0.0

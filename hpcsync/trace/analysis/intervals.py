@@ -46,12 +46,6 @@ def covered(whole: Union, low: Times, high: Times) -> Times:
     return found
 
 
-def common(one: Union, other: Union, low: Times, high: Times) -> Times:
-    """How much of each window both cover."""
-    both = covered(joined(one, other), low, high)
-    return covered(one, low, high) + covered(other, low, high) - both
-
-
 def _before(whole: Union, times: Times) -> Times:
     """How much is covered before each time."""
     if not whole.starts.shape[0]:

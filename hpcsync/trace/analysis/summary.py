@@ -10,10 +10,11 @@ import numpy as np
 from ..file import Trace
 from .account import PARTS, STAGES
 from .clocks import Arrival, arrival, contradictions, odd
-from .exchange import Collective, Exchange, collectives, exchange, waiting_share
+from .exchange import Collective, Exchange, collectives, exchange
 from .findings import Finding
 from .held import held_back
 from .links import slow_links
+from .overlap import hiding
 from .straggler import Scores, imbalance, own_work, scores, stragglers
 from .tables import Chooser, Tables, collect
 from .verdict import Verdict, data_bound, judge
@@ -63,6 +64,7 @@ class Summary:
     Attributes:
         overlap: communication hidden behind compute over all communication; NaN without any.
         comm_ms: time of a step in which a bucket was being exchanged.
+        alone_ms: time that the exchange of a step would take by itself.
         waiting: share of the exposed communication that was waiting for late ranks.
         balance: imbalance of the ranks' own work.
     """
@@ -71,6 +73,7 @@ class Summary:
     parts: list[Part]
     step_ms: float
     comm_ms: float
+    alone_ms: float
     overlap: float
     waiting: float
     balance: float
@@ -92,14 +95,15 @@ def summarise(trace: Trace, ranks: Sequence[int], choose: Chooser | None = None)
     tables = collect(trace, ranks, choose)
     found = exchange(tables)
     findings = diagnose(trace, tables, found)
-    comm = tables.mean("comm")
+    hidden = hiding(tables, found, trace.facts.links)
     return Summary(
         tables=tables,
         parts=_parts(tables),
         step_ms=tables.mean("whole") / 1e6,
-        comm_ms=comm / 1e6,
-        overlap=tables.mean("hidden") / comm if comm > 0 else float("nan"),
-        waiting=waiting_share(tables, found),
+        comm_ms=tables.mean("comm") / 1e6,
+        alone_ms=hidden.alone / 1e6,
+        overlap=hidden.overlap,
+        waiting=hidden.waiting,
         balance=imbalance(own_work(tables)),
         stages=_stages(tables),
         collectives=collectives(tables, found),
@@ -107,7 +111,7 @@ def summarise(trace: Trace, ranks: Sequence[int], choose: Chooser | None = None)
         memory=[each for rank in tables.ranks if (each := _memory(trace, rank)) is not None],
         arrival=arrival(tables, _wrong(findings)),
         findings=findings,
-        verdict=judge(tables, found, findings, trace.facts),
+        verdict=judge(tables, hidden, findings, trace.facts),
     )
 
 

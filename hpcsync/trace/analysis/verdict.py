@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..file import RunFacts
-from .exchange import Exchange, middle, waiting_share
+from .exchange import middle
 from .findings import Finding
+from .overlap import Hiding
 from .tables import Tables
 
 BOUND = 0.10  # share of the step from which communication or data bind it
@@ -52,12 +53,11 @@ def data_bound(tables: Tables) -> list[Finding]:
     ]
 
 
-def judge(tables: Tables, found: Exchange, findings: Sequence[Finding], facts: RunFacts) -> Verdict:
+def judge(tables: Tables, hidden: Hiding, findings: Sequence[Finding], facts: RunFacts) -> Verdict:
     """What the run is bound by: the largest of what can be told apart."""
     step = tables.mean("whole")
-    waited = waiting_share(tables, found)
-    exposed = tables.mean("exposed") / step
-    moving = exposed * (1 - waited)
+    exposed, moving = tables.mean("exposed") / step, hidden.exposed / step
+    waited = 1 - moving / exposed if exposed else 0.0
     faults = [each for each in findings if each.fault and each.kind in ("straggler", "bucket")]
     lost = max(faults, key=lambda each: each.lost_ms, default=None)
     late = lost.lost_ms * 1e6 / step if lost is not None else 0.0
@@ -73,11 +73,11 @@ def judge(tables: Tables, found: Exchange, findings: Sequence[Finding], facts: R
         text = f"communication-bound: {exposed:.0%} of a step is exposed communication"
         text += f" ({waited:.0%} of it waiting for late ranks)" if waited > 0.1 else ""
         text += f"; {_stage(tables)}" + (f"; {link.text}" if link else "")
-        return Verdict("communication", text, _faster(tables, found, facts, moving))
+        return Verdict("communication", text, _faster(tables, hidden, facts))
     compute = tables.mean("compute") / step
     text = f"compute-bound: {compute:.0%} of a step is forward and backward"
-    hidden = tables.mean("hidden") / tables.mean("comm") if tables.mean("comm") > 0 else None
-    text += f", and {hidden:.0%} of the communication is hidden behind them" if hidden else ""
+    if hidden.overlap > 0:
+        text += f", and {hidden.overlap:.0%} of the communication is hidden behind them"
     uneven = exposed * waited + tables.mean("idle") / step
     if uneven >= BOUND / 2:
         text += f"; {uneven:.0%} is waiting for ranks that are late by turns"
@@ -96,7 +96,7 @@ def _stage(tables: Tables) -> str:
     return text
 
 
-def _faster(tables: Tables, found: Exchange, facts: RunFacts, moving: float) -> str:
+def _faster(tables: Tables, hidden: Hiding, facts: RunFacts) -> str:
     """What would make communication shorter or hide more of it."""
     deck = settings(facts)
     comm, step = tables.mean("comm"), tables.mean("whole")
@@ -108,11 +108,10 @@ def _faster(tables: Tables, found: Exchange, facts: RunFacts, moving: float) -> 
         return "try comm.algorithm=hierarchical, which sends less between nodes"
     if coding > 0.5 * comm:
         return "coding takes most of the time: try compress.codec=bf16 or none"
-    hidden = tables.mean("hidden") / max(comm, 1.0)
     sizes = np.nan_to_num(tables.nbytes[-1]) if tables.nbytes.size else np.zeros(1)
     if between >= tables.mean("wire.node") and facts.codec == "none":
         return "try compress.codec=auto, which measures whether coding pays (int8 sends a quarter)"
-    if hidden < 0.5 and comm < 0.5 * step and sizes.shape[0] < 4:
+    if hidden.overlap < 0.5 and comm < 0.5 * step and sizes.shape[0] < 4:
         return "little is hidden, and buckets are few: try a smaller comm.bucket_mb"
     if between < tables.mean("wire.node") and _key(deck, "comm", "node_transport") == "mpi_host":
         return "try comm.node_transport=shared_memory"

@@ -171,7 +171,8 @@ def _summed(ranks: Sequence[tuple[_Rank, NDArray[np.int64]]]) -> Seen:
     def table(name: str) -> Numbers:
         return np.stack([rank.account.columns[name][at] for rank, at in ranks])
 
-    waited = table("exposed") + table("idle")
+    exposed_after = table("exposed") - table("driven")
+    waited = exposed_after + table("idle")
     last = waited.argmin(axis=0)
     every = np.arange(last.shape[0])
 
@@ -179,9 +180,9 @@ def _summed(ranks: Sequence[tuple[_Rank, NDArray[np.int64]]]) -> Seen:
         found: Numbers = values[last, every]
         return found
 
-    whole, exposed = of_last(table("whole")), of_last(table("exposed"))
+    whole, exposed = of_last(table("whole")), of_last(exposed_after)
     backward = of_last(np.stack([rank.backward[at] for rank, at in ranks]))
-    before = of_last(table("compute")) - backward
+    before = of_last(table("compute") + table("driven")) - backward
     shares, leads, sizes = _leads(ranks, last)
     wire = table(_BETWEEN[0]) + table(_BETWEEN[1])
     used = wire.max(axis=1) > 0
