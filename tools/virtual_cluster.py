@@ -225,9 +225,7 @@ class VirtualCluster:
         shape = f"tbf rate {rate} burst {self.state.burst} latency {self.state.queue}"
         shape = "pfifo limit 1000" if rate == "none" else shape
         pids = {each: self.pid(each) for each in ([host] if host else self.hosts)}
-        ports = [
-            f"qdisc replace dev port{self.hosts.index(each)} root {shape}" for each in pids
-        ]
+        ports = [f"qdisc replace dev port{self.hosts.index(each)} root {shape}" for each in pids]
         self._batch("tc", self.state.head, ports)
         for pid in pids.values():
             self._batch("tc", pid, [f"qdisc replace dev eth0 root {shape}"])

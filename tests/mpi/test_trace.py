@@ -59,12 +59,12 @@ def test_a_clock_that_is_off_is_found(
     assert abs(int(row["offset"]) - wanted) <= int(row["uncertainty"])
 
 
-def test_links_are_measured_from_three_nodes_on(comm: MPI.Intracomm) -> None:
+def test_links_are_measured_between_nodes(comm: MPI.Intracomm) -> None:
     with launch.start(TopologyConfig(ranks_per_node=1)) as runtime:
         links = Links(runtime)
         for _ in range(2):
             rate = links.measure()
-            assert (rate > 0) == (comm.size > 2)
+            assert (rate > 0) == (comm.size > 1)
         links.close()
 
 
