@@ -32,8 +32,9 @@ class Model(nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner, self.calls = inner, 0
-        if FAULT == "hook" and RANK == 1:
-            inner.layers[1][0].weight.register_hook(lambda grad: time.sleep(0.06))
+        for at, layer in enumerate(inner.layers):
+            long = 0.07 if (FAULT, RANK, at) == ("hook", 1, 1) else 0.01
+            layer[0].weight.register_hook(takes(long))
 
     def forward(self, inputs, targets):
         self.calls += 1
@@ -41,6 +42,11 @@ class Model(nn.Module):
             waits_here_for_ever()
         time.sleep(0.04 + (0.06 if FAULT == "forward" and RANK == 1 else 0.0))
         return self.inner(inputs, targets)
+
+
+def takes(seconds):
+    """A hook of a gradient, as long as the layer's computation would be."""
+    return lambda grad: time.sleep(seconds)
 
 
 def waits_here_for_ever():
