@@ -45,19 +45,21 @@ def findings(folder: Path, rates: list[list[float]], **plan: Any) -> list[Findin
     "rates",
     [
         [[FAST, 2e7, FAST]],
-        [[FAST, 2e7, FAST], [FAST, 2.5e7, 1.1e8]],
+        [[FAST, 2e7, FAST], [FAST, 2.5e7, 1.2e8]],
         [[FAST, FAST, FAST], [FAST, FAST, FAST], [FAST, 2e7, FAST]],
         [[FAST, 2e7, FAST], [FAST, 2e7, FAST], [FAST, FAST, FAST]],
+        [[FAST, 6e7, FAST], [FAST, 6e7, FAST]],
+        [[FAST, FAST, FAST]] * 4 + [[FAST, 6e7, FAST]] * 2,
     ],
-    ids=["once", "throughout", "at last", "mostly"],
+    ids=["once", "throughout", "at last", "mostly", "half", "half at last"],
 )
 def test_a_slow_link_is_named_by_what_was_measured(
     tmp_path: Path, rates: list[list[float]]
 ) -> None:
     (fault,) = findings(tmp_path, rates)
     assert (fault.kind, fault.node) == ("link", 1)
-    assert "link of node 1 is slow: 2" in fault.text
-    assert "MB/s were measured" in fault.text
+    rate = next(each[1] for each in reversed(rates) if each[1] < FAST)
+    assert f"link of node 1 is slow: {rate / 1e6:.0f} MB/s were measured, 120 of" in fault.text
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,12 @@ def test_a_slow_link_is_named_by_what_was_measured(
         [],
         [[FAST, 1.0e8, 0.9e8]],
         [[FAST, 2e7, FAST], [FAST, FAST, FAST]],
+        [[FAST, FAST, FAST], [7.2e7, 1.36e8, 1.36e8]],
+        [[FAST, 6e7, FAST]],
         [[FAST, 2e7]],
         [[2e7, 2e7, 2e7]],
     ],
-    ids=["never", "even", "before", "two nodes", "all"],
+    ids=["never", "even", "before", "a busy moment", "and no other", "two nodes", "all"],
 )
 def test_no_link_is_named_without_need(tmp_path: Path, rates: list[list[float]]) -> None:
     assert findings(tmp_path, rates) == []

@@ -17,6 +17,7 @@ from .straggler import LEAST_SHARE
 from .tables import Tables
 
 SLOW = 0.6  # of the middle node's bandwidth
+_VERY_SLOW = 0.3  # ranks on busy cores measure half of what a link has, at times
 _ADVICE = "look at its cable, port and other traffic; compress.codec=auto sends fewer bytes over it"
 
 
@@ -35,7 +36,7 @@ def slow_links(tables: Tables, links: Mapping[str, Any]) -> list[Finding]:
     for node in sorted(measured[-1]):
         told = [each for each in measured if node in each]
         shares = [each[node] / float(np.median(list(each.values()))) for each in told]
-        if not _lasting([share < SLOW for share in shares]):
+        if not _lasting(shares):
             continue
         last = max(at for at, share in enumerate(shares) if share < SLOW)
         share, rate = shares[last], told[last][node]
@@ -59,6 +60,9 @@ def _rates(told: Mapping[str, Any]) -> dict[int, float]:
     }
 
 
-def _lasting(slow: Sequence[bool]) -> bool:
-    """Whether it was so in most measurements, or is now."""
-    return slow[-1] or 2 * sum(slow) > len(slow)
+def _lasting(shares: Sequence[float]) -> bool:
+    """Whether a node's link was slow more than once, in most measurements or in the last two; or
+    is so slow now that no busy moment explains it."""
+    slow = [share < SLOW for share in shares]
+    again = sum(slow) > 1 and (2 * sum(slow) > len(slow) or all(slow[-2:]))
+    return again or shares[-1] < _VERY_SLOW
