@@ -261,6 +261,7 @@ class Bench:
             for key in ("seconds", "cpu"):
                 ratios = [a / b for a, b in zip(each.samples[key], base[key], strict=True)]
                 row[key] = median(each.samples[key]) * 1e3
+                row[f"mean_{key}"] = sum(each.samples[key]) / len(ratios) * 1e3
                 row[f"x_{key}"], row[f"ci_{key}"] = median(ratios), resampled(ratios)
             rows.append(row)
         return rows
@@ -273,10 +274,11 @@ class Bench:
         with trace.open(self.folder) as found:
             told = summarise(found, found.ranks)
         share = next(part.share for part in told.parts if part.name == "exposed")
-        times = {name: each.samples["seconds"] for name, each in self.contenders.items()}
-        rounds = list(zip(*(times[name] for name in ("traced", "none", "serial")), strict=True))
-        exposed = median((own - none) / own for own, none, _ in rounds)
-        hidden = median(1 - (own - none) / (serial - none) for own, none, serial in rounds)
+        # A trace tells means, too.
+        own, none, serial = (
+            sum(self.contenders[name].samples["seconds"]) for name in ("traced", "none", "serial")
+        )
+        exposed, hidden = (own - none) / own, 1 - (own - none) / (serial - none)
         return [
             {"name": "exposed", "trace": share, "measured": exposed},
             {"name": "overlap", "trace": told.overlap, "measured": hidden},

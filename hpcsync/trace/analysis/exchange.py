@@ -119,23 +119,29 @@ def collectives(tables: Tables, found: Exchange) -> list[Collective]:
     return listed
 
 
-def waiting_share(tables: Tables, found: Exchange) -> float:
-    """The share of the exposed communication that was waiting for late ranks, not transfer.
+def waits(tables: Tables, found: Exchange) -> Numbers:
+    """How long each rank waited for late ranks at the end of its backward pass, ns, (R, S).
 
     The rank whose backward pass ended last waits for transfer alone, and the least. Where a rank
     held back a bucket, all wait for that: as long as for the bucket that was done last.
     """
     exposed = tables.columns["exposed"] - tables.columns["driven"]
-    total = float(exposed.sum())
-    if not found.active.size or total <= 0:
-        return 0.0
+    if not found.active.size:
+        return np.zeros(exposed.shape)
     longer = exposed - exposed.min(axis=0)
     final = np.where(np.isnan(tables.done), -np.inf, tables.done).argmax(axis=2)[:, :, None]
     moved = np.broadcast_to(found.transfer[None], found.active.shape)
     transfer = np.nan_to_num(np.take_along_axis(moved, final, axis=2)[:, :, 0])
-    waits = np.nan_to_num(np.take_along_axis(found.wait, final, axis=2)[:, :, 0])
-    held = np.minimum(waits, np.maximum(exposed - transfer, 0.0))
-    return float(np.maximum(longer, held).sum()) / total
+    held_up = np.nan_to_num(np.take_along_axis(found.wait, final, axis=2)[:, :, 0])
+    held = np.minimum(held_up, np.maximum(exposed - transfer, 0.0))
+    late: Numbers = np.maximum(longer, held)
+    return late
+
+
+def waiting_share(tables: Tables, found: Exchange) -> float:
+    """The share of the exposed communication that was waiting for late ranks, not transfer."""
+    total = float((tables.columns["exposed"] - tables.columns["driven"]).sum())
+    return float(waits(tables, found).sum()) / total if total > 0 else 0.0
 
 
 def _mean(values: Numbers) -> float:

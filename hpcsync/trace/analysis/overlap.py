@@ -2,8 +2,11 @@
 
     overlap = 1 - exposed / alone
 
-``exposed`` is the time in which computation stood still for the exchange itself, and not for late
-ranks; ``alone`` what the exchange would take if nothing was computed meanwhile. The time in which
+``exposed`` is the time in which computation stood still for the exchange. Waiting for a rank that
+is late in most steps is left out: without an exchange the others would wait for it at the end of
+the step. Ranks that are late by turns cost what they do because there is an exchange.
+
+``alone`` is what the exchange would take if nothing was computed meanwhile. The time in which
 buckets are on their way would be too much for that: beside a backward pass they are on their way
 for longer, since the processor has other work. It is the bytes of the busiest node over the rate
 that was measured of its link; where there are no such measurements, the time in which some bucket
@@ -18,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .exchange import Exchange, waiting_share
+from .exchange import Exchange, waits
 from .tables import Tables
+
+_MOST = 0.75  # of the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +33,13 @@ class Hiding:
 
     Attributes:
         alone: that it would take by itself.
-        exposed: in which computation stood still for it, late ranks aside.
-        waiting: share of the wait at the end of the backward pass that was for late ranks.
+        exposed: in which computation stood still for it, ranks aside that are late in most steps.
+        moving: in which it stood still for transfers alone, late ranks aside.
     """
 
     alone: float
     exposed: float
-    waiting: float
+    moving: float
 
     @property
     def overlap(self) -> float:
@@ -48,11 +53,13 @@ def hiding(tables: Tables, found: Exchange, links: Mapping[str, Any]) -> Hiding:
     Args:
         links: of the run; measurements under ``rates``.
     """
-    waiting, driven = waiting_share(tables, found), tables.mean("driven")
-    exposed = (tables.mean("exposed") - driven) * (1 - waiting) + driven
+    driven, exposed = tables.mean("driven"), tables.mean("exposed")
+    late = waits(tables, found)
+    lasting = float(np.quantile(late, 1 - _MOST, axis=1).mean())
     wire = _on_wire(tables, links)
     taken = wire if wire is not None else _under_way(tables, found)
-    return Hiding(max(taken, exposed), exposed, waiting)
+    moving = max(exposed - float(late.mean()), driven)
+    return Hiding(max(taken, exposed - lasting), exposed - lasting, moving)
 
 
 def _on_wire(tables: Tables, links: Mapping[str, Any]) -> float | None:

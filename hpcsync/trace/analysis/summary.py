@@ -10,7 +10,7 @@ import numpy as np
 from ..file import Trace
 from .account import PARTS, STAGES
 from .clocks import Arrival, arrival, contradictions, odd
-from .exchange import Collective, Exchange, collectives, exchange
+from .exchange import Collective, Exchange, collectives, exchange, waiting_share
 from .findings import Finding
 from .held import held_back
 from .links import slow_links
@@ -103,7 +103,7 @@ def summarise(trace: Trace, ranks: Sequence[int], choose: Chooser | None = None)
         comm_ms=tables.mean("comm") / 1e6,
         alone_ms=hidden.alone / 1e6,
         overlap=hidden.overlap,
-        waiting=hidden.waiting,
+        waiting=waiting_share(tables, found),
         balance=imbalance(own_work(tables)),
         stages=_stages(tables),
         collectives=collectives(tables, found),

@@ -56,7 +56,7 @@ def data_bound(tables: Tables) -> list[Finding]:
 def judge(tables: Tables, hidden: Hiding, findings: Sequence[Finding], facts: RunFacts) -> Verdict:
     """What the run is bound by: the largest of what can be told apart."""
     step = tables.mean("whole")
-    exposed, moving = tables.mean("exposed") / step, hidden.exposed / step
+    exposed, moving = tables.mean("exposed") / step, hidden.moving / step
     waited = 1 - moving / exposed if exposed else 0.0
     faults = [each for each in findings if each.fault and each.kind in ("straggler", "bucket")]
     lost = max(faults, key=lambda each: each.lost_ms, default=None)
