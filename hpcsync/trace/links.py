@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ..runtime import Runtime
 from .recorder import now
 
-_FIRST, _LARGEST, _GROWTH = 1 << 19, 1 << 23, 4  # bytes
+# A link that was idle may let some hundred KiB pass faster than it goes on.
+_FIRST, _LARGEST, _GROWTH = 1 << 21, 1 << 23, 4  # bytes
 _SHORT_S = 1e-3  # an exchange that is shorter tells too little
-_TIMES, _LONG_S = 2, 0.1  # exchanges that count, and until when there may be another one
+_TIMES, _SLOW_S = 2, 0.2  # exchanges that count; where one takes so long, it alone does
 _TURNS = 4
 _GREET, _TOOK, _LOAD = 711, 712, 713
 
@@ -76,14 +77,10 @@ class Links:
             if nbytes == _LARGEST:
                 break
             nbytes *= _GROWTH
-        # A link that was idle may let a burst pass faster than it goes on.
-        best, spent = float("inf"), taken
-        for _ in range(_TIMES):
-            taken = self._exchange(other, out[:nbytes], into[:nbytes])
-            best, spent = min(best, taken), spent + taken
-            if spent > _LONG_S:
-                break
-        return nbytes / best
+        if taken > _SLOW_S:
+            return nbytes / taken
+        rest = [self._exchange(other, out[:nbytes], into[:nbytes]) for _ in range(_TIMES)]
+        return nbytes / min(rest)
 
     def _greet(self, other: int) -> None:
         """Wait for the other one, which may have partners before us."""

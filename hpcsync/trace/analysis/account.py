@@ -27,11 +27,12 @@ STAGES = (*WIRES, "encode", "combine", "decode")
 
 COLUMNS = (
     *("whole", *PARTS),
-    *("driven", "forward", "backward", "checkpoint", "uncovered"),
+    *("agreement", "driven", "forward", "backward", "checkpoint", "uncovered"),
     *("comm", *STAGES),
     *("bytes", *(f"bytes.{name}" for name in WIRES)),
 )
-"""Of a step, in ns (bytes in bytes): ``driven`` is the part of ``exposed`` within the backward
+"""Of a step, in ns (bytes in bytes): ``agreement`` is the wait at the end of the
+step, ``driven`` the part of ``exposed`` within the backward
 pass, ``comm`` the time in which a bucket was being exchanged."""
 
 
@@ -166,6 +167,7 @@ class _Rank:
             taken = joined(taken, self.union(mask))
             reached = self.within(taken)
             found[part], so_far = reached - so_far, reached
+        found["agreement"] = found["idle"].copy()
         found["uncovered"] = found["whole"] - so_far
         found["other"] = found["uncovered"] + found["checkpoint"]
         found["forward"] = self.within(self.union(forward))

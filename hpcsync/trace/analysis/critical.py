@@ -85,7 +85,7 @@ class _Walk:
         self.handovers: list[Handover] = []
 
     def run(self) -> Path:
-        idle = self.tables.columns["idle"][:, self.at]
+        idle = self.tables.columns["agreement"][:, self.at]
         if idle.any():
             row = self._last(idle, -1)
         else:

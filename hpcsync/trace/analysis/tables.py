@@ -143,6 +143,7 @@ def _stack(trace: Trace, accounts: dict[int, Account], steps: NDArray[np.int64])
         flat["arrive"][row] = each.arrive[at] + flat["shift"][row]
         flat["backward"][row] = each.buckets.backward[at]
         uncertainty[row] = trace.uncertainty(rank) if len(ranks) > 1 else 0.0
+    _with_ends_of_others(columns)
     return Tables(
         ranks=ranks,
         steps=steps,
@@ -157,6 +158,19 @@ def _stack(trace: Trace, accounts: dict[int, Account], steps: NDArray[np.int64])
         uncertainty=uncertainty,
         **flat,
     )
+
+
+def _with_ends_of_others(columns: dict[str, Numbers]) -> None:
+    """Count as exposed what is idle because the exchange ended later on the rank that came last.
+
+    Its last bytes come to some ranks before others, which then wait at the end of the step.
+    """
+    exposed, idle = columns["exposed"], columns["idle"]
+    last = idle.argmin(axis=0)
+    longer = exposed[last, np.arange(last.shape[0])] - exposed
+    moved = np.clip(longer, 0.0, idle)
+    exposed += moved
+    idle -= moved
 
 
 def _largest(nbytes: Numbers) -> Numbers:
