@@ -8,9 +8,10 @@ the step. Ranks that are late by turns cost what they do because there is an exc
 
 ``alone`` is what the exchange would take if nothing was computed meanwhile. The time in which
 buckets are on their way would be too much for that: beside a backward pass they are on their way
-for longer, since the processor has other work. It is the bytes of the busiest node over the rate
-that was measured of its link; where there are no such measurements, the time in which some bucket
-was on its way that all ranks had launched.
+for longer, since the processor has other work. The bytes of the busiest node over the rate that was
+measured of its link are too little: a link is not kept busy all the time. Waiting at the end of the
+backward pass nothing is computed, so by the share of that it is the former, else the latter. Where
+no links were measured, it is the time on the way, from when all ranks had launched the bucket.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def hiding(tables: Tables, found: Exchange, links: Mapping[str, Any]) -> Hiding:
     driven, exposed = tables.mean("driven"), tables.mean("exposed")
     late = waits(tables, found)
     lasting = float(np.quantile(late, 1 - _MOST, axis=1).mean())
-    wire = _on_wire(tables, links)
-    taken = wire if wire is not None else _under_way(tables, found)
     moving = max(exposed - float(late.mean()), driven)
+    taken, wire = _under_way(tables, found), _on_wire(tables, links)
+    if wire is not None and wire < taken:
+        taken = wire + (taken - wire) * min((moving - driven) / taken, 1.0)
     return Hiding(max(taken, exposed - lasting), exposed - lasting, moving)
 
 
