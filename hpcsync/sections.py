@@ -133,6 +133,16 @@ class ModelConfig:
         minimum=0,
     )
     dropout: float = key(0.0, "Share of activations dropped in training.", minimum=0, below=1)
+    init_from: str = key(
+        "",
+        "Weights that a new run starts from: a file .pt or .safetensors, a run folder, or a folder "
+        "of a checkpoint. Empty: random ones, from run.seed.",
+    )
+    init_strict: bool = key(
+        True,
+        "The weights of model.init_from must be all that the model has, and no others; false: "
+        "what is missing stays random, and what the model lacks is left out.",
+    )
     options: Mapping[str, Any] = key({}, "Further keyword arguments of the model's function.")
 
 
