@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import deck as decks
-from . import schema
+from . import intervals, schema
 from .errors import ConfigError
 from .schema import Key
 from .sections import (
     ALGORITHMS,
     CODECS,
     RAIL_ALGORITHMS,
+    CheckpointConfig,
     CommConfig,
     CompressConfig,
     DataConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ALGORITHMS",
     "CODECS",
     "RAIL_ALGORITHMS",
+    "CheckpointConfig",
     "CommConfig",
     "CompressConfig",
     "Config",
@@ -71,6 +73,7 @@ class Config:
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -121,7 +124,7 @@ def _build(values: Mapping[str, Any]) -> Config:
     parts: dict[str, Any] = {}
     for name, kind in schema.sections(Config):
         own = [found for found in schema.keys_of(name, kind) if found.name in values]
-        parts[name] = kind(**{found.leaf: values[found.name] for found in own})
+        parts[name] = kind(**{found.field: values[found.name] for found in own})
     return Config(**parts)
 
 
@@ -171,6 +174,10 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"{comm.algorithm} has no rails to code on; use comm.algorithm=auto, or "
             "compress.where=all",
         )
+    try:
+        intervals.parse(config.checkpoint.every)
+    except ValueError as error:
+        yield (("checkpoint.every",), str(error))
     for name in ("algorithm", "rail_algorithm"):
         if comm.reproducible and getattr(comm, name) == "native":
             yield (
@@ -231,7 +238,11 @@ def keys() -> Iterator[Key]:
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Section -> key -> value: plain, for JSON."""
-    return dataclasses.asdict(config)
+    parts = dataclasses.asdict(config)
+    return {
+        name: {found.leaf: parts[name][found.field] for found in schema.keys_of(name, kind)}
+        for name, kind in schema.sections(Config)
+    }
 
 
 def dump(config: Config) -> str:

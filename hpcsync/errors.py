@@ -38,6 +38,10 @@ class ModelError(UserError):
     """A model that cannot be found, imported or built."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, missing, or belongs to another run."""
+
+
 class LaunchError(UserError):
     """The job was started in a way that cannot work."""
 

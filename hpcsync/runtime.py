@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import (
+    CheckpointError,
     CollectiveTimeout,
     ConfigError,
     DataError,
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 1 << 30  # classic MPI counts have 31 bits
 _MOST_SLEEP_S = 1e-3
-_KINDS: tuple[type[UserError], ...] = (ConfigError, DataError, ModelError, LaunchError)
+_KINDS: tuple[type[UserError], ...] = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    LaunchError,
+)
 
 
 class AgreedError(UserError):

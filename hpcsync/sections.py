@@ -287,6 +287,33 @@ class CompressConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints, RUN/checkpoints."""
+
+    every: int | str = key(
+        "10min",
+        "Between checkpoints: steps, as 500; a time, as 30s, 10min or 2h; or auto, which weighs "
+        "what one costs against what a failure would (checkpoint.mtbf_h). 0: none on the way.",
+        minimum=0,
+    )
+    keep: int = key(3, "Checkpoints that are kept, the newest ones.", minimum=1)
+    keep_every: int = key(0, "Keep those of each so many steps for ever. 0: none.", minimum=0)
+    at_end: bool = key(True, "Save at the end, and when a signal stops the run.")
+    async_: bool = key(True, "Write in the background, while training goes on.")
+    files: str = key(
+        "rank", "Files of a checkpoint: one a rank, or one a node.", choices=("rank", "node")
+    )
+    mtbf_h: float = key(
+        24.0, "Mean hours between failures of the job, for checkpoint.every=auto.", above=0
+    )
+    replay_log: bool = key(
+        False,
+        "Log each step's reduced gradients, so that a resumed run loses none of the steps that "
+        "came after its checkpoint.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TraceConfig:
     """Timing traces, RUN/trace."""
 

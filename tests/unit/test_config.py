@@ -46,6 +46,8 @@ def values_of(key: schema.Key) -> st.SearchStrategy[object]:
     rule = key.rule
     if key.kind == "bool":
         return st.booleans()
+    if key.name == "checkpoint.every":
+        return st.integers(0, 2**63 - 1) | st.sampled_from(["auto", "30s", "10 min", "1.5h"])
     if key.kind == "int":
         low = int(rule.minimum) if rule.minimum is not None else -(2**63) + 1
         return st.integers(low, int(rule.maximum or 2**63 - 1))
@@ -70,7 +72,7 @@ def configs(draw: st.DrawFn) -> Config:
     parts = {}
     for name, kind in schema.sections(Config):
         keys = schema.keys_of(name, kind)
-        parts[name] = kind(**{key.leaf: draw(values_of(key)) for key in keys})
+        parts[name] = kind(**{key.field: draw(values_of(key)) for key in keys})
     drawn = Config(**parts)
     heads = draw(st.integers(1, 64))
     accumulate = draw(st.integers(1, 64))
