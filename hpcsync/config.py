@@ -57,6 +57,7 @@ __all__ = [
     "explain",
     "keys",
     "load",
+    "loads",
     "micro_batch",
     "to_dict",
 ]
@@ -90,7 +91,17 @@ def load(deck: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     """
     problems: list[str] = []
     sources = [] if deck is None else decks.read_chain(os.fspath(deck), problems)
-    sources += decks.read_overrides(overrides, problems)
+    return _resolve(sources, overrides, problems)
+
+
+def loads(text: str, label: str, overrides: Sequence[str] = ()) -> Config:
+    """As ``load``, of a deck's text, which extends no other; ``label`` stands in messages."""
+    problems: list[str] = []
+    return _resolve([decks.parse(text, label, problems)], overrides, problems)
+
+
+def _resolve(sources: list[decks.Source], overrides: Sequence[str], problems: list[str]) -> Config:
+    sources = [*sources, *decks.read_overrides(overrides, problems)]
     values: dict[str, Any] = {}
     cited: dict[str, str] = {}
     # A contradiction is told only where all was read right, or the wrong key might be blamed.

@@ -310,3 +310,12 @@ def test_the_default_deck_is_the_defaults_with_every_text() -> None:
 
 def test_the_gpu_deck_computes_in_bf16() -> None:
     assert config.load("gpu_cluster").train.precision == "bf16"
+
+
+def test_a_deck_may_be_a_text() -> None:
+    """As a checkpoint holds it: it extends nothing, and faults name where it stood."""
+    made = config.load(None, ["train.steps=7", "model.name=mlp"])
+    assert config.loads(config.dump(made), "manifest") == made
+    assert config.loads(config.dump(made), "manifest", ["train.steps=8"]).train.steps == 8
+    with pytest.raises(ConfigError, match=r"manifest:1: extends"):
+        config.loads('extends = "default.toml"\n', "manifest")
