@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from . import banner, data, launch, models
+from .checkpoint import random_state
 from .config import CompressConfig, Config, dump
 from .data import Sampler, Source
 from .device import kernels
@@ -27,6 +28,18 @@ from .parallel import DataParallel
 from .stopping import StoppedError, StopSignals
 
 T = TypeVar("T")
+
+
+class State(NamedTuple):
+    """What a run goes on from: trees of dicts, lists, tensors, arrays and plain values.
+
+    Attributes:
+        common: the same on all ranks, but for buffers such as running means: rank 0's count.
+        own: this rank's.
+    """
+
+    common: dict[str, Any]
+    own: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,24 +55,44 @@ class Parts:
     def model(self) -> nn.Module:
         return self.engine.model
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on: what is trained, and the place in the data."""
-        return {
-            "engine": self.engine.state_dict(),
+    def state(self) -> State:
+        """All that later steps depend on; collective. The tensors are those that are trained."""
+        exchange = self.parallel.reducer.state_dict()
+        held = exchange.pop("held")
+        common = {
+            **self.engine.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "exchange": self.parallel.reducer.state_dict(),
+            "tokens": self.sampler.samples * self.source.tokens_per_sample,
+            "exchange": exchange,
         }
+        return State(common, {"held": held, "random": random_state.capture()})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load(self, state: State, *, anew: bool = False) -> bool:
         """Go on from there; collective.
 
+        Args:
+            state: without ``own`` where it was another rank's or is of no use.
+            anew: another order of the data is allowed.
+
+        Returns:
+            Whether what codecs held back came over, to the same bits; ``reducer.deal`` takes it
+            otherwise.
+
         Raises:
-            DataError: the data's order is another.
-            AgreedError: what the codecs held back belongs to another job.
+            CheckpointError: it belongs to another model or optimizer.
+            DataError: it belongs to another order of the data.
         """
-        self.sampler.load_state_dict(state["sampler"])
-        self.engine.load_state_dict(state["engine"])
-        self.parallel.reducer.load_state_dict(state["exchange"])
+        common, own = state
+        self.sampler.load_state_dict(common["sampler"], anew=anew)
+        self.engine.load_state_dict(common)
+        held = own["held"] if own else {}
+        fits = self.parallel.reducer.restore({**common["exchange"], "held": held})
+        if own:
+            random_state.restore(own["random"])
+        else:
+            rank = self.parallel.collectives.runtime.rank
+            random_state.seed(data.step_seed(self.sampler.seed, self.sampler.step, rank))
+        return fits
 
 
 def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[[], T]) -> T:

@@ -155,7 +155,7 @@ def test_the_largest_seed(folder: Path) -> None:
 def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
     config = configs.load(None, tiny("model.dropout=0.1", "train.steps=10"))
 
-    def ten(first: dict[str, Any] | None, steps: int) -> tuple[list[Any], dict[str, Any]]:
+    def ten(first: assembly.State | None, steps: int) -> tuple[list[Any], assembly.State]:
         """Losses of ``steps`` steps of fresh parts that begin from ``first``, and their state."""
         with (
             launch.start(config.topology) as runtime,
@@ -163,7 +163,7 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
         ):
             parts = assembly.assemble(runtime, config, signals)
             if first is not None:
-                parts.load_state_dict(first)
+                assert parts.load(first)
             loop = train.Loop(
                 runtime=runtime,
                 config=config,
@@ -173,17 +173,20 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
                 signals=signals,
             )
             records = [loop.step()[0] for _ in range(steps)]
-            state = copy.deepcopy(parts.state_dict())
+            state = copy.deepcopy(parts.state())
         return [(each.step, each.loss, each.grad_norm, each.lr) for each in records], state
 
     whole, end = ten(None, 10)
     _, middle = ten(None, 5)
     rest, again = ten(middle, 5)
     assert rest == whole[5:]
-    assert again["sampler"] == end["sampler"]
-    assert again["sampler"]["step"] == 10
-    for name, value in end["engine"]["model"].items():
-        assert torch.equal(value, again["engine"]["model"][name]), name
+    assert again.common["sampler"] == end.common["sampler"]
+    assert again.common["sampler"]["step"] == 10
+    for name, value in end.common["model"].items():
+        assert torch.equal(value, again.common["model"][name]), name
+    for field, values in end.common["optimizer"].items():
+        for name, value in values.items():
+            assert torch.equal(value, again.common["optimizer"][field][name]), (field, name)
 
 
 def test_held_out_loss_does_not_depend_on_the_ranks(folder: Path, comm: MPI.Intracomm) -> None:
