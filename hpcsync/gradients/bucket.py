@@ -64,7 +64,9 @@ class Bucket:
         self._flat = torch.from_numpy(memory).view(getattr(torch, plan.dtype))
         self.views = [
             self._flat[start : start + param.numel()].as_strided(
-                param.size(), _strides(param), storage_offset=start + self._flat.storage_offset()
+                param.size(),
+                dense_strides(param),
+                storage_offset=start + self._flat.storage_offset(),
             )
             for param, start in zip(self.params, plan.offsets, strict=True)
         ]
@@ -152,7 +154,7 @@ class Bucket:
         self.filling = 0
 
 
-def _strides(param: Tensor) -> tuple[int, ...]:
+def dense_strides(param: Tensor) -> tuple[int, ...]:
     """The parameter's own strides where its elements fill memory densely, else row-major."""
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
     expected = 1

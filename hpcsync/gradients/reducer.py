@@ -79,6 +79,7 @@ class Reducer:
         self._seen_order: list[int] = []
         self._keeping = False
         self._keepers: tuple[tuple[int, Keeper], ...] = ()
+        self._exchanged: tuple[tuple[int, Keeper], ...] = self._keepers
         self.stats = StepComm()
         # Without a free core a thread beside the backward pass only takes time from it.
         self._drives = collectives.runtime.crowding * torch.get_num_threads() >= 1
@@ -248,6 +249,11 @@ class Reducer:
         return self._compression
 
     @property
+    def on_trial(self) -> bool:
+        """Whether another codec may yet be chosen; what this one holds back then dies with it."""
+        return self._auto is not None and not self._auto.settled
+
+    @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What is exchanged, by name."""
         return dict(zip(self._names, self._params, strict=True))
@@ -263,6 +269,7 @@ class Reducer:
     def keepers(self) -> tuple[tuple[int, Keeper], ...]:
         """What this rank keeps of each step's means, each with its bucket's index, after ``keep``;
         the same tuple as long as the buckets are the same ones."""
+        assert self._exchanged is self._keepers, "the buckets have changed since the exchange"
         return self._keepers
 
     def keep(self) -> None:
@@ -462,6 +469,7 @@ class Reducer:
             recorder.add(EXPOSED, start, ended)
             began, waited = start / 1e9, (ended - start) / 1e9
             self.stats = step_comm([bucket.collective for bucket in self._buckets], waited)
+            self._exchanged = self._keepers
             failed = any(bucket.failed_anywhere() for bucket in self._buckets)
             for index, used in enumerate(self._used):
                 bucket, slot = self._place[index]

@@ -1,10 +1,10 @@
 """The replay log: what every step's update came from, so that a killed job loses no step.
 
-    log = ReplayLog(folder, parts.engine, parts.parallel.reducer, runtime, lineage)
+    log = ReplayLog(folder, parts.engine, parts.parallel.reducer, runtime, config.comm, lineage)
 
     fresh run     log.start(0)                     once the state of step 0 is saved
-    each step     log.record(result)               right after ``engine.step``, on every rank, before
-                                                   the agreement and before any ``state_dict``
+    each step     log.record(result)               right after ``engine.step``, on every rank,
+                                                   before the agreement and any ``state_dict``
     checkpoint    log.start(step)                  when the snapshot of ``step`` has been taken
                   log.published(step)              when it is whole on disk: older parts go
     resume        last = log.recover(step, told)   after the state of ``step`` was loaded;
