@@ -105,7 +105,7 @@ class Checkpoint:
         """
         skeleton = self.manifest.common
         if keys:
-            skeleton = {key: skeleton[key] for key in keys if key in skeleton}
+            skeleton = state.select(skeleton, keys)
         return self._tree(skeleton)
 
     def own(self, rank: int) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +137,14 @@ def names(skeleton: Any) -> list[str]:
 
     _build(skeleton, note, 0)
     return found
+
+
+def select(skeleton: Any, keys: Iterable[str]) -> Any:
+    """A skeleton of the uppermost dict with these keys alone, as far as they are there."""
+    wanted = set(keys)
+    if isinstance(skeleton, dict) and set(skeleton) == {"$dict"}:
+        return {"$dict": [item for item in skeleton["$dict"] if item[0] in wanted]}
+    return {key: value for key, value in skeleton.items() if key in wanted}
 
 
 def _keep(

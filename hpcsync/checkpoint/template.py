@@ -61,8 +61,7 @@ def make(datasets: Sequence[Dataset]) -> Template:
     with _file(memory, alignment_threshold=_ALIGN_FROM, alignment_interval=_ALIGN_TO) as file:
         for each in datasets:
             made = _dataset(file, each.meta, each.shape, create)
-            made.attrs["start"] = each.start
-            offsets[each.name] = int(made.id.get_offset())
+            offsets[each.name] = int(made.get_offset())
     spans = sorted((offsets[each.name], each.nbytes) for each in datasets)
     rest, at = [], 0
     for offset, nbytes in [*spans, (memory.size, 0)]:
@@ -86,7 +85,7 @@ def index(tensors: tuple[tuple[TensorMeta, tuple[Source, ...]], ...]) -> bytes:
                 if meta.shape:
                     start[meta.axis] = dataset.start
                     space.select_hyperslab(tuple(start), dataset.shape)
-                name = dataset.name.encode()
+                name = dataset.name.replace("%", "%%").encode()  # HDF5 numbers sources by %b
                 create.set_virtual(space, file_name.encode(), name, _space(dataset.shape))
             _dataset(file, meta, meta.shape, create)
     return memory.read_at(0, memory.size)
@@ -100,20 +99,16 @@ def _file(memory: _Memory, **options: int) -> h5py.File:
     return file
 
 
-def _dataset(
-    file: h5py.File, meta: TensorMeta, shape: tuple[int, ...], create: Any
-) -> h5py.Dataset:
-    dtype = np.dtype(STORED_AS.get(meta.dtype, meta.dtype))
+def _dataset(file: h5py.File, meta: TensorMeta, shape: tuple[int, ...], create: Any) -> Any:
+    """A new dataset, made by the low-level calls: there may be many thousands."""
+    kind = h5py.h5t.py_create(np.dtype(STORED_AS.get(meta.dtype, meta.dtype)), logical=True)
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     links.set_char_encoding(h5py.h5t.CSET_UTF8)
-    kind = h5py.h5t.py_create(dtype, logical=True)
     name = meta.name.encode()
-    made = h5py.Dataset(
-        h5py.h5d.create(file.id, name, kind, _space(shape), dcpl=create, lcpl=links)
-    )
+    made = h5py.h5d.create(file.id, name, kind, _space(shape), dcpl=create, lcpl=links)
     if meta.dtype in STORED_AS:
-        made.attrs["torch_dtype"] = meta.dtype
+        h5py.Dataset(made).attrs["torch_dtype"] = meta.dtype
     return made
 
 

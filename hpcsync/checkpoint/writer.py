@@ -121,6 +121,7 @@ def publish(
     tensors = _tensors(metas, parts)
     data = templates.index(tuple((meta, _sources(meta, tensors[meta.name])) for meta in metas))
     written = [StoredFile(part.file, part.size, part.rest) for part in parts if part.rest]
+    assert {part.file for part in parts} == {file.name for file in written}, "a file has no leader"
     files = [*written, StoredFile(folders.INDEX, len(data), digest(data))]
     plain = {each.name: getattr(document, each.name) for each in fields(Document)}
     manifest = Manifest(**plain, tensors=tensors, files={file.name: file for file in files})
