@@ -105,6 +105,8 @@ class Summed(CodedProgram):
 
     def keepers(self) -> list[Keeper]:
         """Keep a slice of the sums from the next run on; or the elements, see ``kept``."""
+        if not self._region.count:
+            return []
         if not replays(self._codec):
             part = cut(self._region.count, self.kept.share, self.kept.shares)
             return [Plain(self._region, self._start, part.start, part.stop)]
