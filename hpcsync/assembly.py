@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from . import banner, data, launch, models
+from . import banner, data, launch, models, weights
 from .checkpoint import random_state
 from .config import CompressConfig, Config, dump
 from .data import Sampler, Source
@@ -44,12 +44,17 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the loop works with."""
+    """What the loop works with.
+
+    Attributes:
+        origin: where the weights began if not at random, in words; on rank 0.
+    """
 
     source: Source
     sampler: Sampler
     parallel: DataParallel
     engine: Engine
+    origin: str = ""
 
     @property
     def model(self) -> nn.Module:
@@ -71,7 +76,8 @@ class Parts:
         """Go on from there; collective.
 
         Args:
-            state: without ``own`` where it was another rank's or is of no use.
+            state: without ``own["held"]`` where that is of no use here, and without
+                ``own["random"]`` where no rank of this number was saved.
             anew: another order of the data is allowed.
 
         Returns:
@@ -85,9 +91,9 @@ class Parts:
         common, own = state
         self.sampler.load_state_dict(common["sampler"], anew=anew)
         self.engine.load_state_dict(common)
-        held = own["held"] if own else {}
+        held = own.get("held", {})
         fits = self.parallel.reducer.restore({**common["exchange"], "held": held})
-        if own:
+        if "random" in own:
             random_state.restore(own["random"])
         else:
             rank = self.parallel.collectives.runtime.rank
@@ -118,11 +124,17 @@ def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[
     return result  # type: ignore[no-any-return]
 
 
-def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
+def assemble(
+    runtime: Runtime, config: Config, signals: StopSignals, *, fresh: bool = True
+) -> Parts:
     """Build all parts; collective.
 
+    Args:
+        fresh: the weights begin here, and are not about to come from a checkpoint.
+
     Raises:
-        AgreedError: data or model cannot be had on some rank, or differ between ranks.
+        AgreedError: data, model or first weights cannot be had on some rank, or differ between
+            ranks.
         UserError: on this rank alone, if its model cannot be exchanged; the job has to be ended.
         ExhaustedError: no memory for the buckets, on this rank alone; likewise.
         StoppedError: a signal came meanwhile.
@@ -133,6 +145,9 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
     model = together(runtime, signals, "model", lambda: _build_model(config, source))
+    # The other ranks get rank 0's weights with the buckets.
+    given = config.model.init_from if fresh and runtime.rank == 0 else ""
+    origin = together(runtime, signals, "weights", lambda: _initialise(model, config, given))
     # It talks to the other ranks itself, and an agreement of ours would meet one of its own on
     # ranks that fail alone: those end the job instead.
     with memory_errors("buckets"):
@@ -151,6 +166,7 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
     return Parts(
         source=source,
         sampler=Sampler(source.train_size, train.global_batch, config.run.seed),
+        origin=origin,
         parallel=parallel,
         engine=Engine(model, optimizer, parallel, train, parallel.collectives.recorder),
     )
@@ -198,6 +214,13 @@ def _build_model(config: Config, source: Source) -> nn.Module:
     return model
 
 
+def _initialise(model: nn.Module, config: Config, source: str) -> str:
+    """Take the weights of ``source`` if there is one; where they are from, in words."""
+    if not source:
+        return ""
+    return weights.load(model, source, strict=config.model.init_strict).describe(source)
+
+
 def _check_same(runtime: Runtime, source: Source) -> None:
     """The same indices must mean the same samples everywhere."""
     found = runtime.allgather_object((data.fingerprint(source), runtime.host))
@@ -230,6 +253,7 @@ def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, 
     return [
         *banner.machine_rows(runtime.topology, machine, config),
         model_row(config, parts.model),
+        *([("weights", parts.origin)] if parts.origin else []),
         ("data", data.describe(source)),
         banner.batch_row(config, runtime.size, source.tokens_per_sample, source.unit),
         banner.training_row(config),

@@ -11,7 +11,7 @@ from torch import nn
 
 from hpcsync import export, weights
 from hpcsync.errors import DamagedError, UserError
-from tests import checkpoints
+from tests import trained
 
 pytest.importorskip("safetensors", reason="safetensors is missing: hpcsync[safetensors]")
 
@@ -19,10 +19,10 @@ pytest.importorskip("safetensors", reason="safetensors is missing: hpcsync[safet
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, nn.Module]:
     """A run's folder with two checkpoints, and the model of the newer one."""
-    config, _, model = checkpoints.small("gpt")
-    _, _, other = checkpoints.small("gpt", "run.seed=1")
-    checkpoints.of_model(tmp_path / "run" / "checkpoints", 3, other, config)
-    checkpoints.of_model(tmp_path / "run" / "checkpoints", 20, model, config)
+    config, _, model = trained.small("gpt")
+    _, _, other = trained.small("gpt", "run.seed=1")
+    trained.save(tmp_path / "run" / "checkpoints", 3, other, config)
+    trained.save(tmp_path / "run" / "checkpoints", 20, model, config)
     return tmp_path / "run", model
 
 
@@ -125,11 +125,11 @@ def onnx() -> None:
 def test_onnxruntime_computes_what_torch_does(name: str, tmp_path: Path, capsys) -> None:
     import onnxruntime
 
-    config, source, model = checkpoints.small(name)
+    config, source, model = trained.small(name)
     for value in model.buffers():  # running means that are not those of a new model
         if value.is_floating_point():
             value.data.add_(torch.rand_like(value))
-    checkpoints.of_model(tmp_path / "checkpoints", 5, model, config)
+    trained.save(tmp_path / "checkpoints", 5, model, config)
     path = tmp_path / "model.onnx"
     assert call(tmp_path, "--to", path) == 0
     assert f"{path}: {name}; onnxruntime and torch differ by" in capsys.readouterr().out
@@ -147,9 +147,9 @@ def test_onnxruntime_computes_what_torch_does(name: str, tmp_path: Path, capsys)
 @pytest.mark.usefixtures("onnx")
 def test_code_of_a_stranger_runs_only_when_named(tmp_path: Path) -> None:
     """A deck may name any module; whoever exports says that it may run."""
-    config, _, model = checkpoints.small("mlp")
-    own = checkpoints.with_model(config, "stranger:build")
-    checkpoints.of_model(tmp_path / "checkpoints", 5, model, own)
+    config, _, model = trained.small("mlp")
+    own = trained.with_model(config, "stranger:build")
+    trained.save(tmp_path / "checkpoints", 5, model, own)
     path = tmp_path / "model.onnx"
     with pytest.raises(UserError, match=r"say so: model.name=stranger:build"):
         call(tmp_path, "--to", path)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpcsync import weights
+from hpcsync import checkpoint, weights
 from hpcsync.errors import CheckpointError, ModelError, UserError
-from tests import checkpoints
+from tests import trained
 
 
 def saved(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -26,7 +26,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 @pytest.fixture
 def pair() -> tuple[nn.Module, nn.Module]:
     """The model with the weights, and one like it with others."""
-    return checkpoints.small("convnet")[2], checkpoints.small("convnet", "run.seed=1")[2]
+    return trained.small("convnet")[2], trained.small("convnet", "run.seed=1")[2]
 
 
 Pair = tuple[nn.Module, nn.Module]
@@ -70,11 +70,11 @@ def test_safetensors_are_read(pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt", "mlp", "convnet"])
 def test_a_checkpoint_and_its_run_are_read(name: str, tmp_path: Path) -> None:
     """gpt has tied weights, convnet running means and counts."""
-    config, _, one = checkpoints.small(name)
-    _, _, other = checkpoints.small(name, "run.seed=1")
+    config, _, one = trained.small(name)
+    _, _, other = trained.small(name, "run.seed=1")
     place = tmp_path / "checkpoints"
-    checkpoints.of_model(place, 3, other, config)
-    checkpoints.of_model(place, 20, one, config, ranks=3)
+    trained.save(place, 3, other, config)
+    trained.save(place, 20, one, config, ranks=3)
     for folder in (tmp_path, place, place / "step-00000020"):
         weights.load(other, str(folder))
         assert same(one, other)
@@ -129,7 +129,7 @@ def test_other_shapes_are_refused_in_any_case(pair: Pair, tmp_path: Path) -> Non
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     """Also where what is missing is allowed: nothing at all would be taken."""
-    _, _, mlp = checkpoints.small("mlp")
+    _, _, mlp = trained.small("mlp")
     for found in ({"a": torch.zeros(2)}, {}):
         source = saved(tmp_path / "w.pt", found)
         with pytest.raises(ModelError, match="does not fit"):
@@ -137,8 +137,8 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_lower_precision_is_taken(tmp_path: Path) -> None:
-    _, _, one = checkpoints.small("mlp")
-    _, _, other = checkpoints.small("mlp", "run.seed=1")
+    _, _, one = trained.small("mlp")
+    _, _, other = trained.small("mlp", "run.seed=1")
     names = {name: value.bfloat16() for name, value in one.state_dict().items()}
     weights.load(other, saved(tmp_path / "w.pt", names))
     assert {value.dtype for value in other.state_dict().values()} == {torch.float32}
@@ -146,8 +146,8 @@ def test_lower_precision_is_taken(tmp_path: Path) -> None:
 
 
 def test_tied_weights_stand_under_either_name(tmp_path: Path) -> None:
-    _, _, one = checkpoints.small("gpt")
-    _, _, other = checkpoints.small("gpt", "run.seed=1")
+    _, _, one = trained.small("gpt")
+    _, _, other = trained.small("gpt", "run.seed=1")
     names = dict(one.state_dict())
     del names["head.weight"]
     weights.load(other, saved(tmp_path / "w.pt", names))
@@ -158,7 +158,7 @@ def test_tied_weights_stand_under_either_name(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
-    _, _, model = checkpoints.small("mlp")
+    _, _, model = trained.small("mlp")
     for source, told in (
         (tmp_path / "w.pt", "no such file"),
         (tmp_path / "w.bin", "neither a folder nor a file"),
@@ -169,10 +169,10 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_not_taken(tmp_path: Path) -> None:
-    config, _, model = checkpoints.small("mlp")
-    manifest = checkpoints.of_model(tmp_path / "checkpoints", 3, model, config)
-    piece = manifest.tensors["model/head.weight"].pieces[0]
-    file = tmp_path / "checkpoints" / "step-00000003" / piece.file
+    config, _, model = trained.small("mlp")
+    folder = trained.save(tmp_path / "checkpoints", 3, model, config)
+    piece = checkpoint.open(folder).manifest.tensors["model/head.weight"].pieces[0]
+    file = folder / piece.file
     data = bytearray(file.read_bytes())
     data[piece.offset] ^= 1
     file.write_bytes(data)
