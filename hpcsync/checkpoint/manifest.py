@@ -215,10 +215,11 @@ def _load(data: bytes) -> dict[str, Any]:
         raise _Fault("it is no JSON, or too deep") from None
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         raise _Fault("it is of another format")
-    if type(read.get("version")) is int and read["version"] > VERSION:
+    version = _count(read.get("version"), "version", low=1)
+    if version > VERSION:
         raise CheckpointError(
-            f"manifest.json: version {read['version']} of the format, and this hpcsync reads "
-            f"{VERSION}; update hpcsync"
+            f"manifest.json: version {version} of the format, and this hpcsync reads {VERSION}; "
+            "update hpcsync"
         )
     _keys(read, _KEYS, "the manifest")
     return read

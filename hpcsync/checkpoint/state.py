@@ -215,14 +215,14 @@ def _build(node: Any, take: Callable[[str], Tensor], depth: int) -> Any:
         return [_build(item, take, depth + 1) for item in node]
     if not isinstance(node, dict):
         return node
-    key = next(iter(node), "")
-    if not key.startswith("$"):
+    key = next((key for key in node if key.startswith("$")), None)
+    if key is None:
         return {name: _build(item, take, depth + 1) for name, item in node.items()}
     if len(node) == 1:
         made = _special(key, node[key], take, depth)
         if made is not _NOTHING:
             return made
-    raise DamagedError(f"manifest.json: {str(key)[:40]!r} is not understood in a state")
+    raise DamagedError(f"manifest.json: {key[:40]!r} is not understood in a state")
 
 
 _NOTHING = object()
