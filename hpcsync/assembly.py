@@ -142,6 +142,7 @@ def assemble(
     train = config.train
     if train.threads:
         torch.set_num_threads(train.threads)
+    random_state.seed(config.run.seed)  # alike on all ranks, as their data and models must be
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
     model = together(runtime, signals, "model", lambda: _build_model(config, source))
@@ -163,6 +164,7 @@ def assemble(
         parallel.reducer.transform = optimizer.momentum
     if train.compile:
         compile_model(model)
+    random_state.seed(data.step_seed(config.run.seed, 0, runtime.rank))
     return Parts(
         source=source,
         sampler=Sampler(source.train_size, train.global_batch, config.run.seed),

@@ -183,6 +183,27 @@ class Runtime:
             pickle.loads(buffer[start:stop].tobytes()) for start, stop in itertools.pairwise(starts)
         ]
 
+    def gather_object(self, value: Any, root: int = 0) -> list[Any] | None:
+        """The pickled ``value`` of every rank, by rank, on ``root``; None on the others."""
+        import numpy as np
+        from mpi4py import MPI
+
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        lengths = np.zeros(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([data.size], np.int64), lengths))
+        if lengths.sum() > _PIECE_BYTES:
+            found = self.allgather_object(value)
+            return found if self.rank == root else None
+        buffer = np.empty(int(lengths.sum()) if self.rank == root else 0, np.uint8)
+        starts = [0, *itertools.accumulate(int(length) for length in lengths)]
+        counts = [int(length) for length in lengths]
+        self.wait(self.comm.Igatherv(data, [buffer, counts, starts[:-1], MPI.BYTE], root))
+        if self.rank != root:
+            return None
+        return [
+            pickle.loads(buffer[start:stop].tobytes()) for start, stop in itertools.pairwise(starts)
+        ]
+
     def agree(self, problem: Exception | None = None) -> None:
         """Go on only if no rank has a problem; collective.
 

@@ -18,7 +18,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from hpcsync import assembly, data, dryrun, exchange, launch, models, train
+from hpcsync import assembly, data, dryrun, exchange, launch, loop, models, train
 from hpcsync import config as configs
 from hpcsync.config import Config
 from hpcsync.launch import AgreedError
@@ -164,7 +164,7 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
             parts = assembly.assemble(runtime, config, signals)
             if first is not None:
                 assert parts.load(first)
-            loop = train.Loop(
+            made = loop.Loop(
                 runtime=runtime,
                 config=config,
                 parts=parts,
@@ -172,7 +172,7 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
                 observers=Observers([]),
                 signals=signals,
             )
-            records = [loop.step()[0] for _ in range(steps)]
+            records = [made.step()[0] for _ in range(steps)]
             state = copy.deepcopy(parts.state())
         return [(each.step, each.loss, each.grad_norm, each.lr) for each in records], state
 
