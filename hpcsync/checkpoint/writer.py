@@ -9,6 +9,7 @@ of the disk come as OSError; until ``publish`` has given the folder its name, no
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -27,6 +28,7 @@ from .template import Source, Template
 
 # Bytes that are hashed and written in turn: they stay in the processor's cache between the two.
 CHUNK = 1 << 20
+_EARLY = 16 << 20
 
 
 class Part(NamedTuple):
@@ -79,12 +81,13 @@ class PartWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(folder / self._file, flags, 0o666)
         try:
-            rest = _write_rest(handle, template) if self._leads else None
+            output = _Output(handle)
+            rest = _write_rest(output, template) if self._leads else None
             pieces = []
             for piece, data in filled:
                 start, row = starts[piece.name]
                 offset = template.offsets[piece.name] + (piece.start - start) * row
-                xxh3 = _write_hashed(handle, data.data, offset)
+                xxh3 = _write_hashed(output, data.data, offset)
                 stored = Stored(self._file, piece.start, piece.rows, offset, piece.nbytes, xxh3)
                 pieces.append((piece.name, stored))
             if fsync:
@@ -140,28 +143,51 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _write_rest(handle: int, template: Template) -> str:
-    os.ftruncate(handle, template.size)
+class _Output:
+    """A file that is written at given places, and begins to go to the disk meanwhile."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self._low = self._high = self._count = 0
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of it."""
+        if not self._count:
+            self._low = self._high = offset
+        self._low = min(self._low, offset)
+        self._count += len(data)
+        while data:
+            count = os.pwrite(self.handle, data, offset)
+            data, offset = data[count:], offset + count
+        self._high = max(self._high, offset)
+        if self._count >= _EARLY:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Ask the system to write what it holds, so that fsync finds little left to do."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                length = self._high - self._low
+                os.posix_fadvise(self.handle, self._low, length, os.POSIX_FADV_DONTNEED)
+        self._count = 0
+
+
+def _write_rest(output: _Output, template: Template) -> str:
+    os.ftruncate(output.handle, template.size)
     checksum = xxhash.xxh3_128()
     for offset, data in template.rest:
         checksum.update(data)
-        _write_at(handle, memoryview(data), offset)
+        output.write(memoryview(data), offset)
     return checksum.hexdigest()
 
 
-def _write_hashed(handle: int, data: memoryview, offset: int) -> str:
+def _write_hashed(output: _Output, data: memoryview, offset: int) -> str:
     checksum = xxhash.xxh3_128()
     for at in range(0, len(data), CHUNK):
         chunk = data[at : at + CHUNK]
         checksum.update(chunk)
-        _write_at(handle, chunk, offset + at)
+        output.write(chunk, offset + at)
     return checksum.hexdigest()
-
-
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(handle, data, offset)
-        data, offset = data[count:], offset + count
 
 
 def _tensors(metas: Sequence[TensorMeta], parts: Sequence[Part]) -> dict[str, StoredTensor]:
