@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from ..errors import CheckpointError
+
 # Bytes of an element, by the dtype's name in torch.
 SIZES = {
     name: size
@@ -137,18 +139,26 @@ def share(
     return tuple(map(tuple, found))
 
 
-def datasets(metas: Iterable[TensorMeta], pieces: Iterable[Piece]) -> tuple[Dataset, ...]:
+def datasets(metas: Sequence[TensorMeta], pieces: Iterable[Piece]) -> tuple[Dataset, ...]:
     """The datasets of a file that holds these pieces, each made of those that adjoin.
 
     Args:
-        pieces: of all who write the file; those of one tensor follow on each other.
+        pieces: of all who write the file; those of one tensor follow on each other, as those of
+            writers that do in ``share``.
+
+    Raises:
+        CheckpointError: two tensors have the same name.
     """
     of = {meta.name: meta for meta in metas}
-    spans: dict[str, tuple[int, int]] = {}
+    if len(of) < len(metas):
+        raise CheckpointError("checkpoint: two tensors have the same name")
+    spans: dict[str, tuple[int, int, int]] = {}
     for piece in pieces:
-        low, high = spans.get(piece.name, (piece.start, piece.start + piece.rows))
-        spans[piece.name] = min(low, piece.start), max(high, piece.start + piece.rows)
-    return tuple(Dataset(of[name], low, high - low) for name, (low, high) in spans.items())
+        start, stop = piece.start, piece.start + piece.rows
+        low, high, rows = spans.get(piece.name, (start, stop, 0))
+        spans[piece.name] = min(low, start), max(high, stop), rows + piece.rows
+    assert all(rows == high - low for low, high, rows in spans.values()), "rows are missing"
+    return tuple(Dataset(of[name], low, rows) for name, (low, _, rows) in spans.items())
 
 
 def _bounds(total: int, writers: int, taken: int) -> list[int]:

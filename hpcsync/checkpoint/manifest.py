@@ -17,6 +17,7 @@ shapes against sizes, that the pieces make up each tensor once and do not overla
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -113,15 +114,16 @@ class Manifest(Document):
         """Of all files without the manifest."""
         return sum(file.size for file in self.files.values())
 
-    def pieces_of(self, file: str) -> list[tuple[str, Stored]]:
-        """The pieces in a file with their tensors' names, in the order of their bytes."""
-        found = [
-            (name, piece)
-            for name, entry in self.tensors.items()
-            for piece in entry.pieces
-            if piece.file == file
-        ]
-        return sorted(found, key=lambda each: each[1].offset)
+    @functools.cached_property
+    def pieces(self) -> Mapping[str, Sequence[tuple[str, Stored]]]:
+        """The pieces of each file with their tensors' names, in the order of their bytes."""
+        found: dict[str, list[tuple[str, Stored]]] = {name: [] for name in self.files}
+        for name, entry in self.tensors.items():
+            for piece in entry.pieces:
+                found[piece.file].append((name, piece))
+        for pieces in found.values():
+            pieces.sort(key=lambda each: each[1].offset)
+        return found
 
 
 def own_prefix(rank: int) -> str:

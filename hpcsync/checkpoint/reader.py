@@ -151,7 +151,7 @@ class Checkpoint:
         """All that has a checksum, file by file; ``check`` of each reads each byte once."""
         found = []
         for file in self.manifest.files.values():
-            pieces = self.manifest.pieces_of(file.name)
+            pieces = self.manifest.pieces[file.name]
             found += [Unit(file.name, name, piece, piece.nbytes) for name, piece in pieces]
             inside = sum(piece.nbytes for _, piece in pieces)
             found.append(Unit(file.name, "", None, file.size - inside))
@@ -184,11 +184,13 @@ class Checkpoint:
             deep: read every byte; otherwise the sizes of the files are compared alone.
         """
         found: list[str] = []
+        whole = set()
         for file in self.manifest.files.values():
             with _noting(found):
                 self._files.check_size(file.name, file.size)
-        if deep and not found:
-            for unit in self.units():
+                whole.add(file.name)
+        for unit in self.units() if deep else ():
+            if unit.file in whole:
                 with _noting(found):
                     self.check(unit)
         return found
@@ -196,7 +198,7 @@ class Checkpoint:
     def _rest(self, file: str) -> list[tuple[int, int]]:
         """(offset, bytes) of what is outside a file's pieces."""
         size = self.manifest.files[file].size
-        spans = [(piece.offset, piece.nbytes) for _, piece in self.manifest.pieces_of(file)]
+        spans = [(piece.offset, piece.nbytes) for _, piece in self.manifest.pieces[file]]
         found, at = [], 0
         for offset, nbytes in [*spans, (size, 0)]:
             if at < offset:

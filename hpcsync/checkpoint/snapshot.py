@@ -65,8 +65,8 @@ class HostBuffer:
                 found.append(Filled(piece, bytes_.numpy()))
                 at += _padded(piece.nbytes)
         for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
         return found
 
 

@@ -78,6 +78,13 @@ def test_leading_dimensions_of_one_are_not_cut() -> None:
     assert Dataset(meta, 3, 3).shape == (1, 1, 3, 2)
 
 
+def test_pieces_of_a_file_must_adjoin() -> None:
+    metas = [TensorMeta("w", "float32", (9,))]
+    shares = layout.share(metas, 3)
+    with pytest.raises(AssertionError, match="rows are missing"):
+        layout.datasets(metas, [*shares[0], *shares[2]])
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_element_is_one_row(shape: tuple[int, ...]) -> None:
     meta = TensorMeta("w", "bfloat16", shape)
