@@ -6,6 +6,7 @@ snapshot   host buffers that a step's state is copied into
 template   the HDF5 structure of a file, made once
 writer     a writer's file; then index, manifest and the final name
 manifest   what the files hold, with checksums
+parsing    a manifest from its file, all of it checked
 reader     opening, verifying and reading a checkpoint
 folder     names of checkpoints, and which are kept
 

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DamagedError
 from . import folder as folders
-from . import manifest as manifests
-from . import state
-from .manifest import Manifest, Stored, shown
+from . import parsing, state
+from .manifest import MAX_BYTES, Manifest, Stored, shown
 from .snapshot import view
 
 CHUNK = 1 << 20
@@ -57,9 +56,9 @@ def open(path: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name a checkpoint's, step-00000100")
     with _Files(folder) as files:
-        data = files.whole(folders.MANIFEST, manifests.MAX_BYTES)
+        data = files.whole(folders.MANIFEST, MAX_BYTES)
     try:
-        manifest = manifests.parse(data)
+        manifest = parsing.parse(data)
     except DamagedError as error:
         raise DamagedError([f"{folder}/{each}" for each in error.problems]) from None
     except CheckpointError as error:

@@ -17,7 +17,7 @@ import pytest
 
 from hpcsync import checkpoint
 from hpcsync.checkpoint import manifest as manifests
-from hpcsync.checkpoint import reader
+from hpcsync.checkpoint import parsing, reader
 from hpcsync.errors import CheckpointError, DamagedError
 from tests.checkpoints import example, make, same
 
@@ -268,7 +268,7 @@ def test_a_newer_format_is_no_damage(copied: Path) -> None:
 def test_what_is_no_manifest_is_refused(text: bytes) -> None:
     for data in (text, text + f'"checksum": "{manifests.digest(text)}"\n}}\n'.encode()):
         with pytest.raises(DamagedError, match=r"^manifest\.json: "):
-            manifests.parse(data)
+            parsing.parse(data)
 
 
 def test_a_bool_is_true_or_false(copied: Path) -> None:
