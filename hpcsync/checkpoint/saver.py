@@ -44,6 +44,7 @@ from .worker import Worker
 from .writer import Part, publish
 
 _PAUSE_S = 0.005
+_CLOSE_S = 1.0
 _TELL_S = 10.0  # of waiting for a disk, before it is told
 
 
@@ -238,8 +239,8 @@ class Saver:
             time.sleep(_PAUSE_S)
 
     def close(self) -> None:
-        """Begin nothing more; what is being written stays unfinished."""
-        self._worker.close()
+        """Stop the thread; what is being written may stay unfinished, and is no checkpoint then."""
+        self._worker.close(_CLOSE_S)
 
     def _has_room(self) -> bool:
         if not self._free and not self._crowded:
@@ -287,12 +288,12 @@ class Saver:
             self._recorder.add(CHECKPOINT, start, now(), save.nbytes)
 
     def _write(self, save: _Save, share: Share, filled: list[Filled]) -> None:
+        aside = folders.aside(self._checkpoints, save.step)
         try:
-            aside = folders.aside(self._checkpoints, save.step)
             aside.mkdir(parents=True, exist_ok=True)
             save.written = self._files.writer.write(aside, share.datasets, filled)
         except Exception as error:
-            save.problem = _line(error)
+            save.problem = _line(error, aside)
         save.done = True
 
     def _advance(self) -> None:
@@ -347,11 +348,11 @@ class Saver:
         self, save: _Save, document: Document, metas: list[TensorMeta], parts: list[Part]
     ) -> None:
         place = self._checkpoints
+        aside = folders.aside(place, save.step)
         try:
-            final = place / folders.step_name(save.step)
-            publish(folders.aside(place, save.step), final, document, metas, parts)
+            publish(aside, place / folders.step_name(save.step), document, metas, parts)
         except Exception as error:
-            save.problem = _line(error)
+            save.problem = _line(error, aside)
         else:
             self._tidy(save.step)
         save.done = True
@@ -409,9 +410,9 @@ class Saver:
                 print(f"hpcsync: {text}", file=sys.stderr, flush=True)
 
 
-def _line(error: Exception) -> str:
-    """An error in one line."""
+def _line(error: Exception, folder: Path | None = None) -> str:
+    """An error in one line; of a disk, with the place."""
     if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}"
+        where = error.filename or folder
+        return f"{error.strerror}: {where}" if where else error.strerror
     return str(error).partition("\n")[0] or type(error).__name__

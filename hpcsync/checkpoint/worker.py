@@ -27,7 +27,7 @@ class Worker:
             self._changed.notify()
 
     def close(self, timeout_s: float = 0.0) -> None:
-        """Begin nothing more; wait so long for what is being done."""
+        """End when all is done that was given; wait so long for it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -37,7 +37,7 @@ class Worker:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._closed)
-                if self._closed:
+                if not self._jobs:
                     return
                 job = self._jobs.popleft()
             job()
