@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,9 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from hpcsync import launch
 from hpcsync.checkpoint import random_state, state
 from hpcsync.checkpoint.replay import ReplayLog, chain
+from hpcsync.checkpoint.replay.records import scan
 from hpcsync.config import CommConfig, CompressConfig, TrainConfig
 from hpcsync.engine import Engine, make_optimizer
 from hpcsync.launch import Runtime
@@ -35,17 +37,19 @@ CODECS = [
     *("topk", "threshold", "randomk", "powersgd"),
     *("tests.replay_codecs:Halves", "tests.replay_codecs:Learning"),
 ]
+# Own state that goes to the slots.
+LARGE = {"size": 300}
 PLACES = [("rail", 1), ("rail", 2), ("all", 0)]
 
 
 class Net(nn.Module):
     """Linear layers, running means, and a parameter that only some steps use."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, size: int = 70, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.front = nn.Linear(40, 70, dtype=dtype)
-        self.norm = nn.BatchNorm1d(70)
-        self.back = nn.Linear(70, 33)
+        self.front = nn.Linear(40, size, dtype=dtype)
+        self.norm = nn.BatchNorm1d(size)
+        self.back = nn.Linear(size, 33)
         self.seldom = nn.Parameter(torch.ones(20, 33))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -65,6 +69,7 @@ class Run:
         seed: int,
         codec: str,
         width: int = 1,
+        size: int = 70,
         dtype: torch.dtype = torch.float32,
         train: dict[str, Any] | None = None,
         comm: dict[str, Any] | None = None,
@@ -78,7 +83,7 @@ class Run:
         )
         small = {"warmup": 2, "min_elements": 100, "ratio": 0.05, "threshold": 1e-3, "rank": 2}
         torch.manual_seed(seed)
-        model = Net(dtype)
+        model = Net(size, dtype)
         self.parallel = DataParallel(
             model,
             runtime=self.runtime,
@@ -198,6 +203,183 @@ def lose_and_recover(folder: Path, codec: str, **settings: Any) -> None:
     again.close()
 
 
+def logged(folder: Path, codec: str, steps: int = STEPS, **settings: Any) -> list[dict[str, Any]]:
+    """The states before the first step and after each, of a run with the log."""
+    lost = Run(1, codec, **settings)
+    states = [lost.state()]
+    log = lost.log(folder)
+    log.start(0)
+    for number in range(1, steps + 1):
+        lost.step(number, log)
+        states.append(lost.state())
+    log.close()
+    lost.close()
+    return states
+
+
+def recovered(
+    folder: Path, first: dict[str, Any], codec: str, step: int = 0, **settings: Any
+) -> int:
+    """The step that a resumed run comes to, whose state is in ``first`` then."""
+    lineage = settings.pop("lineage", "abc")
+    found = Run(2, codec, **settings)
+    found.load(first)
+    log = found.log(folder, lineage)
+    last = log.recover(step)
+    first |= found.state()
+    log.close()
+    found.close()
+    return last
+
+
+def mine(folder: Path) -> Path:
+    return chain.log_path(folder, RANK, 0)
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_the_step_that_all_ranks_have(folder: Path, codec: str) -> None:
+    """The last rank died while it wrote the last step."""
+    states = logged(folder, codec)
+    if RANK == SIZE - 1:
+        os.truncate(mine(folder), mine(folder).stat().st_size - 1)
+    WORLD.Barrier()
+    state = states[0]
+    assert recovered(folder, state, codec) == STEPS - 1
+    same(state, states[STEPS - 1])
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_a_flipped_bit_in_the_middle(
+    folder: Path, codec: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Small states of a rank stand in every record; large ones are there for the newest steps."""
+    settings = LARGE | {"warmup": 0}
+    states = logged(folder, codec, **settings)
+    if RANK == 0:
+        third = [each for each in scan(mine(folder))[0] if each.meta["kind"] == "step"][2]
+        content = bytearray(mine(folder).read_bytes())
+        content[third.start + 100] ^= 4
+        mine(folder).write_bytes(content)
+    WORLD.Barrier()
+    state = states[0]
+    large = codec == "int8" and SIZE > 1
+    last = recovered(folder, state, codec, **settings)
+    assert last == (0 if large else 2)
+    same(state, states[last])
+    if RANK == 0:
+        told = capfd.readouterr().err
+        assert "the record of step 3 has another checksum than its content" in told
+        assert ("resuming from the checkpoint of step 0 alone" in told) == large
+
+
+def test_one_slot_is_torn(folder: Path) -> None:
+    states = logged(folder, "int8", **LARGE)
+    if SIZE > 1 and RANK == 0:
+        path = chain.slot_paths(folder, 0)[STEPS % 2]
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    WORLD.Barrier()
+    state = states[0]
+    last = recovered(folder, state, "int8", **LARGE)
+    assert last == (STEPS - 1 if SIZE > 1 else STEPS)
+    same(state, states[last])
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"lineage": "other"}, "run"),
+        ({"codec": "bf16"}, "section"),
+        ({"comm": {"bucket_mb": 3 * KIB}}, "section"),
+        ({"train": {"optimizer": "onebit_adam"}}, "section"),
+        ({"step": 4}, "begins at step 0, not at step 4"),
+    ],
+)
+def test_a_log_that_is_not_of_this_state(
+    folder: Path, changed: dict[str, Any], word: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state = logged(folder, "none", steps=2)[0]
+    assert recovered(folder, state, **{"codec": "none"} | changed) == changed.get("step", 0)
+    told = [line for line in capfd.readouterr().err.splitlines() if "replay log" in line]
+    assert [word in line for line in told] == [True] * (RANK == 0)
+    # What is logged from here on follows the checkpoint.
+    assert list(chain.logs(folder, RANK)) == [changed.get("step", 0)]
+
+
+def test_checkpoints_on_the_way(folder: Path) -> None:
+    """Files follow each other; those before a published checkpoint go."""
+    lost = Run(1, "topk")
+    states = [lost.state()]
+    log = lost.log(folder)
+    log.start(0)
+    for number in range(1, 8):
+        lost.step(number, log)
+        states.append(lost.state())
+        if number in (2, 5):
+            log.start(number)
+    state = copy.deepcopy(states[0])
+    assert recovered(folder, state, "topk") == 7
+    same(state, states[7])
+    state = copy.deepcopy(states[2])
+    assert recovered(folder, state, "topk", step=2) == 7
+    same(state, states[7])
+    log.published(5)
+    log.close()
+    lost.close()
+    assert list(chain.logs(folder, RANK)) == [5]
+    state = states[5]
+    assert recovered(folder, state, "topk", step=5) == 7
+    same(state, states[7])
+
+
+def test_a_disk_that_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Training goes on, the space is given back, and the next checkpoint begins anew."""
+    lost = Run(1, "int8")
+    log = lost.log(folder)
+    log.start(0)
+    lost.step(1, log)
+    real = os.pwritev
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if RANK == 0:
+        monkeypatch.setattr(os, "pwritev", fail)
+    lost.step(2, log)
+    assert bool(log.problem) == (RANK == 0)
+    monkeypatch.setattr(os, "pwritev", real)
+    lost.step(3, log)
+    if RANK == 0:
+        assert log.problem in capfd.readouterr().err
+    log.start(3)
+    assert not log.problem
+    state = lost.state()
+    lost.step(4, log)
+    expected = lost.state()
+    log.close()
+    lost.close()
+    assert recovered(folder, state, "int8", step=3) == 4
+    same(state, expected)
+
+
+def test_auto(folder: Path) -> None:
+    """Its choice depends on times: what stands is that of the last step."""
+    settings = {"width": 1, "warmup": 0}
+    states = logged(folder, "auto", steps=9, **settings)
+    state = states[0]
+    found = Run(2, "auto", **settings)
+    found.engine.load_state_dict(copy.deepcopy(state["engine"]))
+    random_state.restore(copy.deepcopy(state["random"]))
+    log = found.log(folder)
+    assert log.recover(0) == 9
+    same(found.state()["engine"], states[9]["engine"])
+    log.close()
+    found.close()
+
+
 @pytest.mark.parametrize(("where", "width"), PLACES)
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_bits_of_the_lost_run(folder: Path, codec: str, where: str, width: int) -> None:
@@ -229,23 +411,25 @@ def test_onebit_adam(folder: Path, codec: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("codec", ["none", "int8", "topk", "int8_shared", "powersgd"])
+@pytest.mark.parametrize("codec", ["none", "int8", "int8_shared"])
 def test_dtypes(folder: Path, codec: str, dtype: torch.dtype) -> None:
     lose_and_recover(folder, codec, dtype=dtype)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("codec", "settings"),
     [
-        *({"algorithm": name} for name in ("direct", "ring", "halving", "doubling", "native")),
-        {"rail_algorithm": "ring"},
-        {"reproducible": True},
-        {"overlap": False},
-        {"node_transport": "mpi_host"},
+        ("none", {"algorithm": "direct"}),
+        ("none", {"algorithm": "ring"}),
+        ("none", {"algorithm": "halving"}),
+        ("none", {"algorithm": "doubling"}),
+        ("none", {"algorithm": "native"}),
+        ("none", {"reproducible": True}),
+        ("none", {"node_transport": "mpi_host"}),
+        ("randomk", {"rail_algorithm": "ring"}),
+        ("int8", {"overlap": False}),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("codec", ["none", "randomk"])
 def test_algorithms(folder: Path, codec: str, settings: dict[str, Any]) -> None:
     lose_and_recover(folder, codec, comm=settings, width=2 if SIZE > 2 else 1)
 

@@ -5,7 +5,7 @@
     replay/rank-00003-slot-0, -slot-1      see ``slots``
 
 A file's first record is its header. A record of the buckets' layout stands before the first step
-that has it.
+that has it; a step tells how the exchange goes on (``exchange``) if that has changed.
 """
 
 from __future__ import annotations
@@ -60,10 +60,16 @@ def header(identity: Mapping[str, Any], begin: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Logged:
-    """One step in the log, and the layout record that it goes by."""
+    """One step in the log.
+
+    Attributes:
+        layout: the record of the buckets' layout that it goes by.
+        exchange: the reducer's ``settled_state`` after it, but for its counts.
+    """
 
     record: Record
     layout: Record
+    exchange: Mapping[str, Any]
 
 
 @dataclass
@@ -88,8 +94,8 @@ def follow(folder: Path, rank: int, identity: Mapping[str, Any], step: int) -> C
     chain = Chain()
     at, found = step, logs(folder, rank)
     if step not in found:
-        begun = f"it begins at step {max(found)}" if found else "there is none"
-        chain.problem = f"{begun}, and not at step {step}"
+        begun = f"it begins at step {max(found)}, not at step {step}" if found else "there is none"
+        chain.problem = begun
     while not chain.problem and at in found:
         before = at
         at = _read(chain, found[at], identity, at)
@@ -115,14 +121,15 @@ def _read(chain: Chain, path: Path, identity: Mapping[str, Any], begin: int) -> 
         chain.problem = f"{path.name}: it is of another {_WORDS.get(differ, differ)}"
         return begin
     layout: Record | None = None
+    exchange: Mapping[str, Any] = {}
     last = begin
     for record in records[1:]:
         kind = record.meta.get("kind")
         if kind == "layout":
             layout = record
         elif kind == "step" and layout is not None and record.step == last + 1:
-            last = record.step
-            chain.steps[last] = Logged(record, layout)
+            last, exchange = record.step, record.meta.get("exchange", exchange)
+            chain.steps[last] = Logged(record, layout, exchange)
         else:
             chain.problem = f"{path.name}: the record of step {record.step} does not follow"
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -83,6 +84,7 @@ class ReplayLog:
         self._keepers: tuple[tuple[int, Keeper], ...] | None = None
         self._background = Background(self._files)
         self._meta: dict[str, Any] = {}
+        self._exchange: dict[str, Any] = {}
         self.problem = ""
         reducer.keep()
 
@@ -177,9 +179,10 @@ class ReplayLog:
         left = [] if result.skipped else [keeper.left() for _, keeper in keepers]
         for each in left:
             writer.add(each.arrays)
+        writer.flush()  # before the buckets are laid out anew
         self._meta = {
             "kind": "step",
-            "numbers": dataclasses.asdict(result),  # type: ignore[call-overload]
+            "numbers": {name: getattr(result, name) for name in _names(type(result))},
             "none": [n for n, p in self._reducer.parameters.items() if p.grad is None],
             "sizes": [[array.nbytes for array in each.arrays] for each in left],
             "moments": [[each.step, each.seed] for each in left],
@@ -192,7 +195,11 @@ class ReplayLog:
             writer.add(own.arrays)
         else:
             self._slots.write(result.step, own.arrays, self._identity | own.meta)
-        more = {"exchange": exchange, "own": own.meta if inline else None}
+        counts = exchange.pop("compression")
+        more = {"counts": counts, "own": own.meta if inline else None}
+        if exchange != self._exchange:
+            self._exchange = exchange
+            more["exchange"] = exchange
         writer.finish(result.step, self._meta | more)
 
     def _go_on(self, last: chain.Logged) -> None:
@@ -200,7 +207,7 @@ class ReplayLog:
         for path in chain.logs(self._folder, self._runtime.rank).values():
             if path > last.record.path:
                 self._background.remove([path])
-        self._keepers, self.problem = None, ""
+        self._keepers, self._exchange, self.problem = None, {}, ""
         try:
             self._writer = Writer(last.record.path, last.record.stop)
         except OSError as error:
@@ -229,7 +236,8 @@ class ReplayLog:
             return
 
     def _close(self) -> None:
-        writer, self._writer, self._keepers = self._writer, None, None
+        writer, self._writer = self._writer, None
+        self._keepers, self._exchange = None, {}
         if writer is not None:
             writer.close()
         self._slots.close()
@@ -237,6 +245,11 @@ class ReplayLog:
     def _files(self) -> list[int]:
         writer = self._writer
         return [] if writer is None else [writer.fileno]
+
+
+@functools.cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(each.name for each in dataclasses.fields(kind))
 
 
 def _setup(engine: EngineLike, reducer: Reducer, comm: CommConfig) -> str:

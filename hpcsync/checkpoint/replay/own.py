@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...gradients.reducer import Reducer
-from .. import random_state, state
+from .. import state
+from .generators import Generators
 from .records import Bytes
 
 
@@ -42,6 +43,7 @@ class OwnState:
 
     def __init__(self, model: nn.Module, reducer: Reducer) -> None:
         self._reducer = reducer
+        self._generators = Generators()
         saved = model.state_dict()
         # The modules' own tables: a buffer may be replaced by another tensor.
         self._buffers = [
@@ -54,15 +56,15 @@ class OwnState:
     def capture(self) -> Own:
         """The state as it is now."""
         stores = _stores(self._reducer)
-        tree = {"random": random_state.capture(), "buffers": self._values()}
-        skeleton, tensors = state.flatten(tree)
+        buffers = self._values()
         described = [
-            [name, state.dtype_name(tensor.dtype), list(tensor.shape)]
-            for name, tensor in tensors.items()
+            [name, state.dtype_name(buffer.dtype), list(buffer.shape)]
+            for name, buffer in buffers.items()
         ]
+        random, plain = self._generators.capture()
         sizes = [[name, array.nbytes] for name, array in stores.items()]
-        arrays = [*stores.values(), *map(_bytes, tensors.values())]
-        return Own(arrays, {"stores": sizes, "tensors": described, "tree": skeleton})
+        arrays = [*stores.values(), *map(_bytes, buffers.values()), *random]
+        return Own(arrays, {"stores": sizes, "buffers": described, "random": plain})
 
     def fits(self, meta: Mapping[str, Any]) -> bool:
         """Whether the buckets, as they are now, have the stores of this state."""
@@ -92,20 +94,19 @@ class OwnState:
         """
         at = sum(nbytes for _, nbytes in meta["stores"])
         tensors: dict[str, Tensor] = {}
-        for name, dtype, shape in meta["tensors"]:
+        for name, dtype, shape in meta["buffers"]:
             kind = state.torch_dtype(dtype)
             nbytes = math.prod(shape) * kind.itemsize
             tensors[name] = (
                 torch.from_numpy(data[at : at + nbytes].copy()).view(kind).reshape(shape)
             )
             at += nbytes
-        tree = state.unflatten(meta["tree"], tensors)
-        here, there = self._values(), tree["buffers"]
-        if {n: b.shape for n, b in here.items()} != {n: b.shape for n, b in there.items()}:
+        here = self._values()
+        if {n: b.shape for n, b in here.items()} != {n: b.shape for n, b in tensors.items()}:
             raise CheckpointError("replay log: this model has other buffers than the one logged")
         for name, buffer in here.items():
-            buffer.copy_(there[name])
-        random_state.restore(tree["random"])
+            buffer.copy_(tensors[name])
+        self._generators.restore(meta["random"], data[at:])
 
     def _values(self) -> dict[str, Tensor]:
         found = ((name, table[key]) for name, table, key in self._buffers)

@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class Writer:
         self._start = self._end = start
         self._hash = xxhash.xxh3_128()
         self._nbytes = 0
+        self._group: list[memoryview] = []
+        self._room = _CHUNK
 
     @property
     def fileno(self) -> int:
@@ -87,16 +89,31 @@ class Writer:
         self._end = self._start + HEAD_BYTES
         self._hash.reset()
         self._nbytes = 0
+        self._group, self._room = [], _CHUNK
 
     def add(self, arrays: Iterable[Bytes]) -> None:
-        """Append to the payload.
+        """Append to the payload; the arrays must stay as they are until ``flush``.
 
         Raises:
             OSError: the disk is full, or whatever else keeps bytes from being written.
         """
-        for parts in _groups(arrays):
-            self._write(parts)
-        self._nbytes = self._end - self._start - HEAD_BYTES
+        for array in arrays:
+            rest = array.data
+            self._nbytes += rest.nbytes
+            while rest.nbytes:
+                part, rest = rest[: self._room], rest[self._room :]
+                self._group.append(part)
+                self._room -= part.nbytes
+                if not self._room or len(self._group) == _MOST_PARTS:
+                    self.flush()
+
+    def flush(self) -> None:
+        """Write what was added."""
+        group, self._group, self._room = self._group, [], _CHUNK
+        for part in group:
+            self._hash.update(part)
+        if group:
+            self._end += _put(self._fd, group, self._end)
 
     def finish(self, step: int, meta: dict[str, Any]) -> int:
         """End the record; where the next one begins.
@@ -104,10 +121,10 @@ class Writer:
         Raises:
             OSError: as ``add``.
         """
-        words = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        for parts in _groups([words]):
-            self._write(parts)
-        fields = _FIELDS.pack(MAGIC, words.shape[0], step, self._nbytes)
+        nbytes, words = self._nbytes, json.dumps(meta).encode()
+        self.add([np.frombuffer(words, np.uint8)])
+        self.flush()
+        fields = _FIELDS.pack(MAGIC, len(words), step, nbytes)
         head = fields + _SUMS.pack(xxhash.xxh3_64_intdigest(fields), self._hash.digest())
         _put(self._fd, [memoryview(head)], self._start)
         self._start = self._end
@@ -121,11 +138,6 @@ class Writer:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-    def _write(self, parts: list[memoryview]) -> None:
-        for part in parts:
-            self._hash.update(part)
-        self._end += _put(self._fd, parts, self._end)
 
 
 def scan(path: Path) -> tuple[list[Record], str]:
@@ -191,23 +203,6 @@ def _hashed(fd: int, start: int, nbytes: int, rest: Bytes) -> bytes:
         found.update(part)
     found.update(rest.data)
     return found.digest()
-
-
-def _groups(arrays: Iterable[Bytes]) -> Iterator[list[memoryview]]:
-    """The arrays in order, cut and put together into writes of about ``_CHUNK`` bytes."""
-    group: list[memoryview] = []
-    room = _CHUNK
-    for array in arrays:
-        rest = array.data
-        while rest.nbytes:
-            part, rest = rest[:room], rest[room:]
-            group.append(part)
-            room -= part.nbytes
-            if not room or len(group) == _MOST_PARTS:
-                yield group
-                group, room = [], _CHUNK
-    if group:
-        yield group
 
 
 def _put(fd: int, parts: list[memoryview], at: int) -> int:

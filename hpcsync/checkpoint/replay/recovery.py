@@ -74,7 +74,7 @@ class Recovery:
         else:
             assert slot is not None
             data = slot.read()
-        self._reducer.restore_settled(meta["exchange"])
+        self._reducer.restore_settled({**at.exchange, "compression": meta["counts"]})
         fits = self._own.fits(described)
         # A codec that was on trial only held things back for itself.
         lost = self._reducer.on_trial
