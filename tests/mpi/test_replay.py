@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hpcsync.checkpoint import random_state, state
 from hpcsync.checkpoint.replay import ReplayLog, chain
+from hpcsync.checkpoint.replay import log as log_module
 from hpcsync.checkpoint.replay.records import scan
 from hpcsync.config import CommConfig, CompressConfig, TrainConfig
 from hpcsync.engine import Engine, make_optimizer
@@ -365,6 +366,22 @@ def test_a_disk_that_fails(
     same(state, expected)
 
 
+def test_a_disk_that_is_slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training is not held up for good."""
+    monkeypatch.setattr(log_module, "_WATCH_S", 0.0)
+    monkeypatch.setattr(log_module, "_MOST", 0.0)
+    lost = Run(1, "none")
+    log = lost.log(folder)
+    log.start(0)
+    lost.step(1, log)
+    assert "the disk is slow" in log.problem
+    lost.step(2, log)
+    log.start(2)
+    assert not log.problem
+    log.close()
+    lost.close()
+
+
 def test_auto(folder: Path) -> None:
     """Its choice depends on times: what stands is that of the last step."""
     settings = {"width": 1, "warmup": 0}
@@ -384,6 +401,13 @@ def test_auto(folder: Path) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_bits_of_the_lost_run(folder: Path, codec: str, where: str, width: int) -> None:
     lose_and_recover(folder, codec, width=width, where=where)
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "powersgd", "randomk"])
+def test_uneven_nodes(folder: Path, codec: str) -> None:
+    if SIZE != 4:
+        pytest.skip("needs 4 ranks")
+    lose_and_recover(folder, codec, width=3)
 
 
 @pytest.mark.parametrize(

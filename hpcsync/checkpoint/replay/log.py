@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ from .slots import Slots
 # Own state up to this many bytes goes into the record itself: then every logged step can be gone
 # back to, and not the newest alone.
 _INLINE = 1 << 16
+# A log that takes more than this share of the time for so long is given up: training comes first.
+_MOST, _WATCH_S = 0.5, 30.0
 
 
 class StepNumbers(Protocol):
@@ -86,6 +89,7 @@ class ReplayLog:
         self._meta: dict[str, Any] = {}
         self._exchange: dict[str, Any] = {}
         self.problem = ""
+        self._watch()
         reducer.keep()
 
     def start(self, step: int) -> None:
@@ -96,6 +100,7 @@ class ReplayLog:
         first = self._writer is None and not self.problem
         self._close()
         self.problem = ""
+        self._watch()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if first:
@@ -106,23 +111,32 @@ class ReplayLog:
             self._writer.begin()
             self._writer.finish(step, chain.header(self._identity, step))
         except OSError as error:
-            self._give_up(error)
+            self._give_up(error.strerror or str(error))
 
     def record(self, result: StepNumbers) -> None:
         """Log a step; right after ``Engine.step``, on all ranks. Collective where the buckets are
         about to be laid out anew."""
+        began = time.perf_counter()
+        self._record(result)
+        ended = time.perf_counter()
+        self._spent_s += ended - began
+        elapsed = ended - self._began_s
+        if self._writer is not None and elapsed > _WATCH_S and self._spent_s > _MOST * elapsed:
+            self._give_up(f"the disk is slow: it took {self._spent_s:.0f} s of {elapsed:.0f}")
+
+    def _record(self, result: StepNumbers) -> None:
         if self._writer is not None:
             try:
                 self._write_means(self._writer, result)
             except OSError as error:
-                self._give_up(error)
+                self._give_up(error.strerror or str(error))
         # All ranks do this, or none: also those that could not write.
         exchange = self._reducer.settled_state()
         if self._writer is not None:
             try:
                 self._write_own(self._writer, result, exchange)
             except OSError as error:
-                self._give_up(error)
+                self._give_up(error.strerror or str(error))
 
     def published(self, step: int) -> None:
         """The checkpoint of ``step`` can be read by whoever resumes: older parts have served."""
@@ -208,10 +222,15 @@ class ReplayLog:
             if path > last.record.path:
                 self._background.remove([path])
         self._keepers, self._exchange, self.problem = None, {}, ""
+        self._watch()
         try:
             self._writer = Writer(last.record.path, last.record.stop)
         except OSError as error:
-            self._give_up(error)
+            self._give_up(error.strerror or str(error))
+
+    def _watch(self) -> None:
+        """Begin to count the time that logging takes."""
+        self._began_s, self._spent_s = time.perf_counter(), 0.0
 
     def _sweep(self) -> None:
         """Delete what other processes left, of this rank and of ranks that are no more."""
@@ -222,11 +241,10 @@ class ReplayLog:
         for path in doomed:
             path.unlink(missing_ok=True)
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, reason: str) -> None:
         """Nothing can be logged; give back the space, which the next checkpoint may need."""
         self._close()
         rank = self._runtime.rank
-        reason = error.strerror or str(error)
         self.problem = f"replay log: {reason}; nothing is logged until the next checkpoint"
         print(f"hpcsync: warning: rank {rank}: {self.problem}", file=sys.stderr, flush=True)
         try:
