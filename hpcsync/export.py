@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .errors import UserError
+from .errors import ModelError, UserError
 
 if TYPE_CHECKING:
     from .checkpoint.reader import Checkpoint
@@ -84,18 +84,23 @@ def to_tensors(found: Checkpoint, request: Request) -> str:
 
 def to_onnx(found: Checkpoint, request: Request) -> str:
     """Write the model; what was written, in words."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from . import dryrun, formats, models, onnx_export, weights
     from .checkpoint import source
 
     config = model_config(found, request)
     data, _ = dryrun.find_data(config)
+    tensors = source.model(found)
+    where, fix = str(found.folder), "give the model.* and data.* keys that the run had"
+    # The deck may be a stranger's: memory is taken for what fits the weights that are there.
+    if config.model.layers > len(tensors):
+        raise ModelError(f"{where} does not fit the model: it has fewer layers; {fix}")
+    with FakeTensorMode():
+        empty = models.build(config.model, data)
+    weights.check(empty, tensors, where, fix=fix)
     model = models.build(config.model, data)
-    weights.put(
-        model,
-        source.model(found),
-        str(found.folder),
-        fix="give the model.* and data.* keys that the run had",
-    )
+    weights.put(model, tensors, where, fix=fix)
     with formats.aside(request.to, force=request.force) as part:
         inputs = onnx_export.sample(data, config.run.seed)
         difference = onnx_export.write(part, model, inputs, notes(found))

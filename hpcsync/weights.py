@@ -69,7 +69,25 @@ def put(
     loose: str = "",
     strict: bool = True,
 ) -> Loaded:
-    """Set a model's parameters and buffers to ``found``, all of them or none.
+    """Set a model's parameters and buffers to ``found``, all of them or none; as ``check``."""
+    loaded, taken = check(model, found, source, fix=fix, loose=loose, strict=strict)
+    wanted = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in taken.items():
+            wanted[name].copy_(value)
+    return loaded
+
+
+def check(
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    source: str,
+    *,
+    fix: str,
+    loose: str = "",
+    strict: bool = True,
+) -> tuple[Loaded, dict[str, Tensor]]:
+    """What a model would take of ``found``, under its own names; the model may be without memory.
 
     Args:
         source, fix: for the message: where it is from, and what may help.
@@ -92,11 +110,7 @@ def put(
         fix += loose if common and not wrong else ""
         told = _differences(missing, extra, wrong)
         raise ModelError(f"{source} does not fit the model: {told}; {fix}")
-    with torch.no_grad():
-        for name, value in found.items():
-            if name in wanted:
-                wanted[name].copy_(value)
-    return Loaded(missing, extra)
+    return Loaded(missing, extra), {name: found[name] for name in found if name in wanted}
 
 
 def read(source: str) -> dict[str, Tensor]:

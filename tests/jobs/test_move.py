@@ -59,3 +59,28 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     (line,) = [each for each in outcome.stderr.splitlines() if "hpcsync: error" in each]
     assert "model.init_from: w.pt does not fit the model" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_exported_and_begun_with(tmp_path: Path) -> None:
+    """What a run saves at its end is what an export holds, and what another run begins with."""
+    outcome = train(tmp_path, "train.steps=6", "train.warmup=1")
+    assert outcome.status == 0, outcome.describe()
+    for name in ("w.safetensors", "w.pt", "model.onnx"):
+        words = ("-m", "hpcsync.export", "run", "--to", name)
+        done = launcher.run(0, *words, cwd=tmp_path, timeout=120)
+        assert done.status == 0, done.describe()
+        assert f"{name}: " in done.stdout
+        assert "of step 6" in done.stdout
+        assert not done.stderr
+    loss = summary(tmp_path)["val_loss"]
+    (tmp_path / "run").rename(tmp_path / "before")
+    for source in ("before", "w.pt", "w.safetensors"):
+        outcome = train(tmp_path, f"model.init_from={source}", "train.steps=1", "train.lr=0")
+        assert outcome.status == 0, outcome.describe()
+        assert summary(tmp_path)["val_loss_first"] == pytest.approx(loss, rel=1e-6)
+        (tmp_path / "run").rename(tmp_path / f"from-{source}")
+    tool = str(launcher.ROOT / "tools" / "checkpoint.py")
+    done = launcher.run(0, tool, "diff", "from-w.pt", "from-w.safetensors", cwd=tmp_path)
+    assert "0 of" in done.stdout, done.describe()
+    done = launcher.run(0, tool, "verify", "before", cwd=tmp_path)
+    assert done.status == 0, done.describe()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpcsync import config as configs
 from hpcsync import export, weights
 from hpcsync.errors import DamagedError, UserError
 from tests import trained
@@ -158,6 +159,17 @@ def test_code_of_a_stranger_runs_only_when_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not fit the model"):
         call(tmp_path, "--to", path, "model.name=mlp", "model.width=8")
     assert call(tmp_path, "--to", path, "model.name=mlp") == 0
+
+
+@pytest.mark.usefixtures("onnx")
+@pytest.mark.parametrize("key", ["model.width=1000000", "model.layers=1000000000"])
+def test_a_deck_of_a_stranger_takes_no_memory(key: str, tmp_path: Path) -> None:
+    """Its model would need terabytes; the weights that are there do not."""
+    config, _, model = trained.small("mlp")
+    huge = configs.loads(configs.dump(config), "deck", [key])
+    trained.save(tmp_path / "checkpoints", 5, model, huge)
+    with pytest.raises(UserError, match="does not fit the model"):
+        call(tmp_path, "--to", tmp_path / "model.onnx")
 
 
 @pytest.mark.usefixtures("onnx")
