@@ -9,6 +9,7 @@ manifest   what the files hold, with checksums
 parsing    a manifest from its file, all of it checked
 reader     opening, verifying and reading a checkpoint
 folder     names of checkpoints, and which are kept
+replay     a log of the steps since the last checkpoint, and doing them again
 
 The format is described in tools/README.md.
 """
