@@ -136,7 +136,8 @@ def test_run_folder(folder: Path, comm: MPI.Intracomm) -> None:
     if comm.rank != 0:
         return
     names = {path.name for path in made.iterdir()}
-    assert names == {"config.toml", "summary.json", "metrics.csv", "log.jsonl", "trace"}
+    files = {"config.toml", "summary.json", "metrics.csv", "log.jsonl"}
+    assert names == {*files, "trace", "checkpoints"}
     found = summary(made)
     assert (found["status"], found["steps"], found["ranks"]) == ("done", 6, comm.size)
     assert found["val_loss"] < found["val_loss_first"]
@@ -145,7 +146,7 @@ def test_run_folder(folder: Path, comm: MPI.Intracomm) -> None:
     assert [row["val_loss"] != "" for row in rows(made)] == [False, False, True] * 2
     assert configs.load(made / "config.toml") == configs.load(None, TINY)
     events = [json.loads(line)["event"] for line in (made / "log.jsonl").read_text().splitlines()]
-    assert events == ["started", "evaluated", "evaluated", "evaluated", "ended"]
+    assert events == ["started", "evaluated", "evaluated", "evaluated", "checkpoint", "ended"]
 
 
 def test_the_largest_seed(folder: Path) -> None:
