@@ -46,7 +46,8 @@ def between(before: Config, now: Config) -> list[Change]:
 
 def check_allowed(allowed: Collection[str]) -> None:
     """Raise ConfigError unless each is a key or a section."""
-    known = {key.name for key in configs.keys()}  # noqa: SIM118
+    every = configs.keys()
+    known = {key.name for key in every}
     known |= {name.partition(".")[0] for name in known}
     for name in allowed:
         if name not in known:
