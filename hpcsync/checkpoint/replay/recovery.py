@@ -59,7 +59,7 @@ class Recovery:
             return step, f"{why}; resuming from the checkpoint of step {step} alone"
         if not self._prepare(found.steps[last], slots.get(last)):
             return step, f"what codecs held back in step {last} does not fit; not used"
-        ended = f" ({problems[0]})" if problems and last < max(end for _, end, _ in told) else ""
+        ended = f" ({problems[0]})" if problems else ""
         return last, f"replayed steps {step + 1} to {last}{ended}"
 
     def _prepare(self, at: Logged, slot: Record | None) -> bool:
