@@ -19,6 +19,8 @@ class Arguments:
         deck: path or name of a deck.
         overrides: ``key=value`` words, in order.
         out: the run folder.
+        resume: ``auto``, or the path of a run folder or of a checkpoint; None to start anew.
+        allow_change: keys that may differ from those of the run that is resumed.
         explain: key or section to explain; empty for all.
         ranks, nodes: to assume in a dry run; 0 if not given.
     """
@@ -30,6 +32,8 @@ class Arguments:
     dry_run: bool
     ranks: int
     nodes: int
+    resume: str | None = None
+    allow_change: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +60,10 @@ def parse(argv: Sequence[str]) -> Arguments:
             parser.error(f"--{name} belongs to --dry-run; mpirun -n N starts N ranks")
         if getattr(found, name) < 1:
             parser.error(f"--{name}: must be at least 1, not {getattr(found, name)}")
+    if found.resume is not None and not found.resume.strip():
+        parser.error("--resume: needs auto, or the path of a run folder or of a checkpoint")
+    if found.allow_change and found.resume is None:
+        parser.error("--allow-change belongs to --resume")
     return Arguments(
         deck=decks[0] if decks else None,
         overrides=tuple(word for word in found.words if word not in decks),
@@ -64,7 +72,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         dry_run=found.dry_run,
         ranks=found.ranks or 0,
         nodes=found.nodes or 0,
+        resume=found.resume,
+        allow_change=_listed(found.allow_change),
     )
+
+
+def _listed(given: Sequence[str]) -> tuple[str, ...]:
+    """Keys of one or several options, each maybe ``a,b``."""
+    return tuple(word.strip() for text in given for word in text.split(",") if word.strip())
 
 
 def _make_parser() -> _Parser:
@@ -82,6 +97,21 @@ def _make_parser() -> _Parser:
         "as train.steps=50",
     )
     parser.add_argument("--out", metavar="DIR", help="the run folder; else a new one in run.dir")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on from the newest whole checkpoint: of the run folder that --out or the deck "
+        "name (auto; starts anew where there is none), of the run folder PATH, or from the "
+        "checkpoint PATH in a new run folder. Without a deck that run's own configuration counts",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on though this key, which changes the mathematics, differs from the saved run's; "
+        "may be repeated, or list several as a,b",
+    )
     parser.add_argument(
         "--explain", nargs="?", const="", metavar="KEY", help="tell what a key or section means"
     )

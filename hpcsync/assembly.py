@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from . import banner, data, launch, models
+from . import banner, data, launch, models, weights
+from .checkpoint import random_state
 from .config import CompressConfig, Config, dump
 from .data import Sampler, Source
 from .device import kernels
@@ -29,37 +30,75 @@ from .stopping import StoppedError, StopSignals
 T = TypeVar("T")
 
 
+class State(NamedTuple):
+    """What a run goes on from: trees of dicts, lists, tensors, arrays and plain values.
+
+    Attributes:
+        common: the same on all ranks, but for buffers such as running means: rank 0's count.
+        own: this rank's.
+    """
+
+    common: dict[str, Any]
+    own: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the loop works with."""
+    """What the loop works with.
+
+    Attributes:
+        origin: where the weights began if not at random, in words; on rank 0.
+    """
 
     source: Source
     sampler: Sampler
     parallel: DataParallel
     engine: Engine
+    origin: str = ""
 
     @property
     def model(self) -> nn.Module:
         return self.engine.model
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on: what is trained, and the place in the data."""
-        return {
-            "engine": self.engine.state_dict(),
+    def state(self) -> State:
+        """All that later steps depend on; collective. The tensors are those that are trained."""
+        exchange = self.parallel.reducer.state_dict()
+        held = exchange.pop("held")
+        common = {
+            **self.engine.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "exchange": self.parallel.reducer.state_dict(),
+            "tokens": self.sampler.samples * self.source.tokens_per_sample,
+            "exchange": exchange,
         }
+        return State(common, {"held": held, "random": random_state.capture()})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load(self, state: State, *, anew: bool = False) -> bool:
         """Go on from there; collective.
 
+        Args:
+            state: without ``own["held"]`` where that is of no use here, and without
+                ``own["random"]`` where no rank of this number was saved.
+            anew: another order of the data is allowed.
+
+        Returns:
+            Whether what codecs held back came over, to the same bits; ``reducer.deal`` takes it
+            otherwise.
+
         Raises:
-            DataError: the data's order is another.
-            AgreedError: what the codecs held back belongs to another job.
+            CheckpointError: it belongs to another model or optimizer.
+            DataError: it belongs to another order of the data.
         """
-        self.sampler.load_state_dict(state["sampler"])
-        self.engine.load_state_dict(state["engine"])
-        self.parallel.reducer.load_state_dict(state["exchange"])
+        common, own = state
+        self.sampler.load_state_dict(common["sampler"], anew=anew)
+        self.engine.load_state_dict(common)
+        held = own.get("held", {})
+        fits = self.parallel.reducer.restore({**common["exchange"], "held": held})
+        if "random" in own:
+            random_state.restore(own["random"])
+        else:
+            rank = self.parallel.collectives.runtime.rank
+            random_state.seed(data.step_seed(self.sampler.seed, self.sampler.step, rank))
+        return fits
 
 
 def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[[], T]) -> T:
@@ -85,11 +124,17 @@ def together(runtime: Runtime, signals: StopSignals, stage: str, work: Callable[
     return result  # type: ignore[no-any-return]
 
 
-def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
+def assemble(
+    runtime: Runtime, config: Config, signals: StopSignals, *, fresh: bool = True
+) -> Parts:
     """Build all parts; collective.
 
+    Args:
+        fresh: the weights begin here, and are not about to come from a checkpoint.
+
     Raises:
-        AgreedError: data or model cannot be had on some rank, or differ between ranks.
+        AgreedError: data, model or first weights cannot be had on some rank, or differ between
+            ranks.
         UserError: on this rank alone, if its model cannot be exchanged; the job has to be ended.
         ExhaustedError: no memory for the buckets, on this rank alone; likewise.
         StoppedError: a signal came meanwhile.
@@ -97,9 +142,13 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
     train = config.train
     if train.threads:
         torch.set_num_threads(train.threads)
+    random_state.seed(config.run.seed)  # alike on all ranks, as their data and models must be
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
     model = together(runtime, signals, "model", lambda: _build_model(config, source))
+    # The other ranks get rank 0's weights with the buckets.
+    given = config.model.init_from if fresh and runtime.rank == 0 else ""
+    origin = together(runtime, signals, "weights", lambda: _initialise(model, config, given))
     # It talks to the other ranks itself, and an agreement of ours would meet one of its own on
     # ranks that fail alone: those end the job instead.
     with memory_errors("buckets"):
@@ -115,9 +164,11 @@ def assemble(runtime: Runtime, config: Config, signals: StopSignals) -> Parts:
         parallel.reducer.transform = optimizer.momentum
     if train.compile:
         compile_model(model)
+    random_state.seed(data.step_seed(config.run.seed, 0, runtime.rank))
     return Parts(
         source=source,
         sampler=Sampler(source.train_size, train.global_batch, config.run.seed),
+        origin=origin,
         parallel=parallel,
         engine=Engine(model, optimizer, parallel, train, parallel.collectives.recorder),
     )
@@ -165,6 +216,13 @@ def _build_model(config: Config, source: Source) -> nn.Module:
     return model
 
 
+def _initialise(model: nn.Module, config: Config, source: str) -> str:
+    """Take the weights of ``source`` if there is one; where they are from, in words."""
+    if not source:
+        return ""
+    return weights.load(model, source, strict=config.model.init_strict).describe(source)
+
+
 def _check_same(runtime: Runtime, source: Source) -> None:
     """The same indices must mean the same samples everywhere."""
     found = runtime.allgather_object((data.fingerprint(source), runtime.host))
@@ -197,6 +255,7 @@ def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, 
     return [
         *banner.machine_rows(runtime.topology, machine, config),
         model_row(config, parts.model),
+        *([("weights", parts.origin)] if parts.origin else []),
         ("data", data.describe(source)),
         banner.batch_row(config, runtime.size, source.tokens_per_sample, source.unit),
         banner.training_row(config),

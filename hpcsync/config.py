@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import deck as decks
-from . import schema
+from . import intervals, schema
 from .errors import ConfigError
 from .schema import Key
 from .sections import (
     ALGORITHMS,
     CODECS,
     RAIL_ALGORITHMS,
+    CheckpointConfig,
     CommConfig,
     CompressConfig,
     DataConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ALGORITHMS",
     "CODECS",
     "RAIL_ALGORITHMS",
+    "CheckpointConfig",
     "CommConfig",
     "CompressConfig",
     "Config",
@@ -55,6 +57,7 @@ __all__ = [
     "explain",
     "keys",
     "load",
+    "loads",
     "micro_batch",
     "to_dict",
 ]
@@ -71,6 +74,7 @@ class Config:
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -87,7 +91,17 @@ def load(deck: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     """
     problems: list[str] = []
     sources = [] if deck is None else decks.read_chain(os.fspath(deck), problems)
-    sources += decks.read_overrides(overrides, problems)
+    return _resolve(sources, overrides, problems)
+
+
+def loads(text: str, label: str, overrides: Sequence[str] = ()) -> Config:
+    """As ``load``, of a deck's text, which extends no other; ``label`` stands in messages."""
+    problems: list[str] = []
+    return _resolve([decks.parse(text, label, problems)], overrides, problems)
+
+
+def _resolve(sources: list[decks.Source], overrides: Sequence[str], problems: list[str]) -> Config:
+    sources = [*sources, *decks.read_overrides(overrides, problems)]
     values: dict[str, Any] = {}
     cited: dict[str, str] = {}
     # A contradiction is told only where all was read right, or the wrong key might be blamed.
@@ -121,7 +135,7 @@ def _build(values: Mapping[str, Any]) -> Config:
     parts: dict[str, Any] = {}
     for name, kind in schema.sections(Config):
         own = [found for found in schema.keys_of(name, kind) if found.name in values]
-        parts[name] = kind(**{found.leaf: values[found.name] for found in own})
+        parts[name] = kind(**{found.field: values[found.name] for found in own})
     return Config(**parts)
 
 
@@ -171,6 +185,10 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"{comm.algorithm} has no rails to code on; use comm.algorithm=auto, or "
             "compress.where=all",
         )
+    try:
+        intervals.parse(config.checkpoint.every)
+    except ValueError as error:
+        yield (("checkpoint.every",), str(error))
     for name in ("algorithm", "rail_algorithm"):
         if comm.reproducible and getattr(comm, name) == "native":
             yield (
@@ -231,7 +249,11 @@ def keys() -> Iterator[Key]:
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Section -> key -> value: plain, for JSON."""
-    return dataclasses.asdict(config)
+    parts = dataclasses.asdict(config)
+    return {
+        name: {found.leaf: parts[name][found.field] for found in schema.keys_of(name, kind)}
+        for name, kind in schema.sections(Config)
+    }
 
 
 def dump(config: Config) -> str:

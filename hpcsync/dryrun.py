@@ -77,7 +77,7 @@ def report(config: Config, ranks: int, nodes: int = 0) -> str:
     micro = configs.micro_batch(config, ranks)
     topology = assume_topology(config, ranks, nodes)
     assumed = "" if nodes or config.topology.ranks_per_node else _assumed(topology)
-    source, told = _source(config)
+    source, told = find_data(config)
     sizes = measure(config, source, micro)
     plans = plan(config, sizes)
     where = config.compress.where
@@ -245,7 +245,7 @@ def _sample(source: Source, micro: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape), torch.zeros(micro, dtype=torch.int64)
 
 
-def _source(config: Config) -> tuple[Source, str]:
+def find_data(config: Config) -> tuple[Source, str]:
     """The data, or its shapes where it is not to be had on this machine."""
     try:
         source = data.build(config)

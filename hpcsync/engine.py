@@ -13,7 +13,7 @@ rank decides alike from its own copy and nothing more need be exchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .config import TrainConfig
-from .errors import HpcsyncError, NonFiniteError, UserError
+from .errors import CheckpointError, HpcsyncError, NonFiniteError, UserError
 from .onebit_adam import OneBitAdam
 from .rules import LossScale, learning_rate
 from .trace.recorder import BACKWARD, FORWARD, OPTIMIZER, Recorder, now
@@ -58,6 +58,7 @@ class StepResult:
         lr: learning rate of the step.
         loss_scale: factor on the loss in this step; 1 when there is none.
         skipped: gradients were not finite and the weights were left as they were.
+        factor: by which the mean gradients were multiplied for the update.
     """
 
     step: int
@@ -66,6 +67,7 @@ class StepResult:
     lr: float
     loss_scale: float
     skipped: bool
+    factor: float = 1.0
 
 
 class Engine:
@@ -118,28 +120,44 @@ class Engine:
         start = now()
         norm = float(self.data_parallel.norm()) / (scale if scaled else 1.0)
         finite = math.isfinite(norm)
-        lr = learning_rate(self.config, self.step_count)
-        if finite:
-            if scaled:
-                self._scale_gradients(norm, scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.recorder.add(OPTIMIZER, start, now())
-        self.scale.update(finite)
-        if self.scale.value != scale and scaled:
-            self.data_parallel.rescale(self.scale.value / scale)
-        self.step_count += 1
-        self.skipped += not finite
-        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
-        return StepResult(
-            step=self.step_count,
+        factor = self._scale_gradients(norm, scale) if finite and scaled else 1.0
+        result = StepResult(
+            step=self.step_count + 1,
             loss=float(loss),
             grad_norm=norm,
-            lr=lr,
+            lr=learning_rate(self.config, self.step_count),
             loss_scale=scale,
             skipped=not finite,
+            factor=factor,
         )
+        self._update(result)
+        self.recorder.add(OPTIMIZER, start, now())
+        if self.scale.value != scale and scaled:
+            self.data_parallel.rescale(self.scale.value / scale)
+        return result
+
+    def repeat(self, numbers: Mapping[str, Any]) -> StepResult:
+        """Do a step's update again, to the same bits, on the gradients that stand in the
+        parameters: those of the step, multiplied by its ``factor``.
+
+        Args:
+            numbers: the attributes of the ``StepResult``.
+        """
+        result = StepResult(**numbers)
+        self._update(result)
+        self.optimizer.zero_grad()
+        return result
+
+    def _update(self, result: StepResult) -> None:
+        """The optimizer's step, unless it is skipped, and what counts steps."""
+        if not result.skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = result.lr
+            self.optimizer.step()
+        self.scale.update(not result.skipped)
+        self.step_count = result.step
+        self.skipped += result.skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if result.skipped else 0
 
     def check_skipped(self) -> None:
         """End a run that learns nothing any more.
@@ -178,23 +196,71 @@ class Engine:
         return total, count
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer, loss scale and counts: all that later steps depend on."""
+        """Weights, optimizer, loss scale and counts: all that later steps depend on.
+
+        The tensors are the engine's own. A tensor of several names stands under the first;
+        ``ties`` tells the others. The optimizer's state is by field and parameter's name.
+        """
+        weights, ties = untied(self.model.state_dict())
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": weights,
+            "ties": ties,
+            "optimizer": self._optimizer_state(),
             "loss_scale": self.scale.state_dict(),
             "step": self.step_count,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; rates, decays and the like stay as they are here.
+
+        Raises:
+            CheckpointError: it belongs to another model or optimizer; nothing was changed.
+        """
+        weights = dict(state["model"])
+        weights |= {name: weights[first] for name, first in state["ties"].items()}
+        check_weights(weights, self.model.state_dict())
+        kept = self._checked(state["optimizer"])
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(
+            {"state": kept, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
         self.scale.load_state_dict(state["loss_scale"])
         self.step_count = int(state["step"])
         self.skipped = int(state["skipped"])
         self.skipped_in_row = int(state["skipped_in_row"])
+
+    def _optimizer_state(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        for param, fields in self.optimizer.state.items():
+            for field, value in fields.items():
+                found.setdefault(field, {})[names[param]] = value
+        return found
+
+    def _checked(self, fields: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The optimizer's state as torch counts its parameters."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        places = {names[param]: (index, param) for index, param in enumerate(params)}
+        kept: dict[int, dict[str, Any]] = {}
+        for field, values in fields.items():
+            for name, value in values.items():
+                place = places.get(name)
+                sized = isinstance(value, Tensor) and value.ndim
+                if place is None or (sized and value.shape != place[1].shape):
+                    raise CheckpointError(
+                        f"checkpoint: optimizer/{field}/{name} is of no parameter that is trained "
+                        "here; resume with the model of before"
+                    )
+                kept.setdefault(place[0], {})[field] = value
+        if "exp_avg_sq" not in fields and not isinstance(self.optimizer, OneBitAdam) and fields:
+            raise CheckpointError(
+                "checkpoint: its optimizer is onebit_adam, past the freeze, whose variance AdamW "
+                "cannot take up; resume with train.optimizer=onebit_adam"
+            )
+        return kept
 
     def _backward(self, micro_batches: Sequence[Batch], scale: float) -> Tensor:
         """Accumulate gradients; the mean loss stays a tensor until nothing waits for it."""
@@ -216,13 +282,15 @@ class Engine:
             total += loss.detach().float()
         return total / len(micro_batches)
 
-    def _scale_gradients(self, norm: float, scale: float) -> None:
-        """Take the loss scale out and clip, in one pass over the gradients or none."""
+    def _scale_gradients(self, norm: float, scale: float) -> float:
+        """Take the loss scale out and clip, in one pass over the gradients or none; by what factor
+        that was."""
         clip = self.config.clip_norm
         factor = (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0) / scale
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)
+        return factor
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
@@ -234,6 +302,43 @@ class Engine:
             inputs.to(self.device, non_blocking=True),
             targets.to(self.device, non_blocking=True),
         )
+
+
+def untied(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A module's state without tensors that are another one's memory, and these: name -> the
+    first's name."""
+    found: dict[str, Any] = {}
+    ties: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        found[name] = value
+        if isinstance(value, Tensor) and value.numel():
+            key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+            if (first := seen.setdefault(key, name)) != name:
+                ties[name] = first
+                del found[name]
+    return found, ties
+
+
+def check_weights(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """CheckpointError unless both have the same names and shapes, telling the first that differ."""
+    faults = [f"{name} is missing" for name in wanted if name not in given]
+    faults += [f"{name} is not in this model" for name in given if name not in wanted]
+    faults += [
+        f"{name} has shape {_shape(given[name])}, not {_shape(value)}"
+        for name, value in wanted.items()
+        if name in given and _shape(given[name]) != _shape(value)
+    ]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint: it is of another model: {'; '.join(faults[:3])}{more}; resume with the "
+            "model of before, or take its weights by model.init_from"
+        )
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:

@@ -38,6 +38,27 @@ class ModelError(UserError):
     """A model that cannot be found, imported or built."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, missing, or belongs to another run."""
+
+
+class DamagedError(CheckpointError):
+    """What a checkpoint holds is not what was written: set it aside, take the one before.
+
+    Attributes:
+        problems: each fault that was found, with its file and dataset.
+    """
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
+        super().__init__("; ".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
+
 class LaunchError(UserError):
     """The job was started in a way that cannot work."""
 

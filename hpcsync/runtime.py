@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import (
+    CheckpointError,
     CollectiveTimeout,
     ConfigError,
     DataError,
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 1 << 30  # classic MPI counts have 31 bits
 _MOST_SLEEP_S = 1e-3
-_KINDS: tuple[type[UserError], ...] = (ConfigError, DataError, ModelError, LaunchError)
+_KINDS: tuple[type[UserError], ...] = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    LaunchError,
+)
 
 
 class AgreedError(UserError):
@@ -172,6 +179,27 @@ class Runtime:
         counts = [int(length) for length in lengths]
         offsets = [int(start) for start in starts[:-1]]
         self.wait(self.comm.Iallgatherv(data, [buffer, counts, offsets, MPI.BYTE]))
+        return [
+            pickle.loads(buffer[start:stop].tobytes()) for start, stop in itertools.pairwise(starts)
+        ]
+
+    def gather_object(self, value: Any, root: int = 0) -> list[Any] | None:
+        """The pickled ``value`` of every rank, by rank, on ``root``; None on the others."""
+        import numpy as np
+        from mpi4py import MPI
+
+        data = np.frombuffer(pickle.dumps(value), np.uint8)
+        lengths = np.zeros(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([data.size], np.int64), lengths))
+        if lengths.sum() > _PIECE_BYTES:
+            found = self.allgather_object(value)
+            return found if self.rank == root else None
+        buffer = np.empty(int(lengths.sum()) if self.rank == root else 0, np.uint8)
+        starts = [0, *itertools.accumulate(int(length) for length in lengths)]
+        counts = [int(length) for length in lengths]
+        self.wait(self.comm.Igatherv(data, [buffer, counts, starts[:-1], MPI.BYTE], root))
+        if self.rank != root:
+            return None
         return [
             pickle.loads(buffer[start:stop].tobytes()) for start, stop in itertools.pairwise(starts)
         ]

@@ -6,6 +6,7 @@ sections. Nothing here knows which sections there are.
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -21,6 +22,7 @@ KINDS = {
     "float": "a number",
     "str": "a text",
     "float | str": "a number",
+    "int | str": "a whole number",
     "tuple[str, ...]": "a list of texts",
     "tuple[int, ...]": "a list of whole numbers",
     "Mapping[str, Any]": "a table",
@@ -79,6 +81,11 @@ class Key:
         return self.name.partition(".")[2]
 
     @property
+    def field(self) -> str:
+        """The name of its dataclass field: a word of Python's own has an underscore behind it."""
+        return f"{self.leaf}_" if keyword.iskeyword(self.leaf) else self.leaf
+
+    @property
     def help(self) -> str:
         return self.rule.text
 
@@ -105,7 +112,7 @@ class Key:
             return self._check_text(value)
         # A bool is an int to Python, but not to whoever wrote the deck.
         if not isinstance(value, bool):
-            if self.kind == "int" and isinstance(value, int):
+            if self.kind.startswith("int") and isinstance(value, int):
                 return self._check_number(value)
             if self.kind.startswith("float") and isinstance(value, int | float):
                 return self._check_number(_as_float(value))
@@ -192,7 +199,8 @@ def keys_of(name: str, kind: type[Any]) -> Iterator[Key]:
     """The keys of one section, in order, with dotted names."""
     for entry in fields(kind):
         assert entry.type in KINDS, f"{name}.{entry.name}: no rule for type {entry.type}"
-        yield Key(f"{name}.{entry.name}", str(entry.type), _default(entry), entry.metadata["rule"])
+        dotted = f"{name}.{entry.name.removesuffix('_')}"
+        yield Key(dotted, str(entry.type), _default(entry), entry.metadata["rule"])
 
 
 def _default(entry: Field[Any]) -> Any:
@@ -258,7 +266,7 @@ def dump(config: Any) -> str:
         for found in keys_of(name, kind):
             choices = f" ({', '.join(found.rule.choices)})" if found.rule.choices else ""
             lines += _wrap(found.help + choices, "# ")
-            lines.append(f"{found.leaf} = {toml(getattr(getattr(config, name), found.leaf))}")
+            lines.append(f"{found.leaf} = {toml(getattr(getattr(config, name), found.field))}")
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 

@@ -133,6 +133,16 @@ class ModelConfig:
         minimum=0,
     )
     dropout: float = key(0.0, "Share of activations dropped in training.", minimum=0, below=1)
+    init_from: str = key(
+        "",
+        "Weights that a new run starts from: a file .pt or .safetensors, a run folder, or a folder "
+        "of a checkpoint. Empty: random ones, from run.seed.",
+    )
+    init_strict: bool = key(
+        True,
+        "The weights of model.init_from must be all that the model has, and no others; false: "
+        "what is missing stays random, and what the model lacks is left out.",
+    )
     options: Mapping[str, Any] = key({}, "Further keyword arguments of the model's function.")
 
 
@@ -274,6 +284,33 @@ class CompressConfig:
         False, "Check each integer sum of int8_shared by a checksum; end the job where it differs."
     )
     options: Mapping[str, Any] = key({}, "Further settings, for codecs of your own.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints, RUN/checkpoints."""
+
+    every: int | str = key(
+        "10min",
+        "Between checkpoints: steps, as 500; a time, as 30s, 10min or 2h; or auto, which weighs "
+        "what one costs against what a failure would (checkpoint.mtbf_h). 0: none on the way.",
+        minimum=0,
+    )
+    keep: int = key(3, "Checkpoints that are kept, the newest ones.", minimum=1)
+    keep_every: int = key(0, "Keep those of each so many steps for ever. 0: none.", minimum=0)
+    at_end: bool = key(True, "Save at the end, and when a signal stops the run.")
+    async_: bool = key(True, "Write in the background, while training goes on.")
+    files: str = key(
+        "rank", "Files of a checkpoint: one a rank, or one a node.", choices=("rank", "node")
+    )
+    mtbf_h: float = key(
+        24.0, "Mean hours between failures of the job, for checkpoint.every=auto.", above=0
+    )
+    replay_log: bool = key(
+        False,
+        "Log each step's reduced gradients, so that a resumed run loses none of the steps that "
+        "came after its checkpoint.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ import faulthandler
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -60,10 +61,13 @@ class StopSignals:
         """``on_signal(name)`` and ``give_up(status)`` are called from the thread."""
         self.received = 0
         self.on_quit: Callable[[], None] | None = None
+        self._on_save: Callable[[], None] | None = None
+        self._save = False
         self._on_signal = on_signal
         self._give_up = give_up
         self._grace_s = grace_s
         self._over = threading.Event()
+        self._until = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -72,6 +76,7 @@ class StopSignals:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
         self._before[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, _leave_to_thread)
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="hpcsync-signals", daemon=True)
         self._thread.start()
@@ -90,6 +95,21 @@ class StopSignals:
         os.close(self._write)  # the thread reads the end of the file
         self._thread.join()
         os.close(self._read)
+
+    def allow(self, seconds: float) -> None:
+        """The boundary after a signal has been reached: what is left to do may take so long."""
+        self._until = time.monotonic() + seconds
+
+    def asks_to_save(self, action: Callable[[], None]) -> None:
+        """Have ``action`` called on the main thread whenever SIGUSR1 comes, or has come before."""
+        self._on_save = action
+        if self._save:
+            action()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
+        if self._on_save is not None:
+            self._on_save()
 
     def _quit(self) -> None:
         if self.on_quit is None:  # nobody has more to tell than where all threads stand
@@ -113,8 +133,11 @@ class StopSignals:
         self.received = self.received or number
         with contextlib.suppress(Exception):  # say, a full disk: the job must end all the same
             self._on_signal(signal.Signals(number).name)
-        if not self._over.wait(self._grace_s):
-            self._give_up(128 + number)
+        self._until = max(self._until, time.monotonic() + self._grace_s)
+        while (left := self._until - time.monotonic()) > 0:
+            if self._over.wait(left):
+                return
+        self._give_up(128 + number)
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:

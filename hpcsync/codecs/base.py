@@ -87,6 +87,11 @@ class Store:
         values: Floats = self.arrays[field]
         return values
 
+    def memory(self) -> Mapping[str, NDArray[Any]]:
+        """Arrays that hold all there is, to be saved and set byte by byte; none if only ``read``
+        and ``write`` tell."""
+        return self.arrays if type(self).read is Store.read else {}
+
     def write(self, field: str, values: Floats) -> None:
         """Set the field to ``count`` values."""
         self.arrays[field][:] = values
@@ -236,9 +241,12 @@ class SumCodec(Codec):
 
     Attributes:
         whole: pieces hold whole tensors, and ``matrices`` tells their shapes.
+        replays: the sums, the shared seed and the step alone determine what is decoded, not what
+            the store holds; a replay log keeps the sums then, and else what was decoded.
     """
 
     whole = False
+    replays = False
 
     @abstractmethod
     def forms(self, count: int, matrices: Sequence[Matrix], ranks: int) -> tuple[Form, ...]:

@@ -20,7 +20,7 @@ as the root of the number of steps, from less than a hundredth of a step's own e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_int
 from typing import Any
 
@@ -131,6 +131,9 @@ class RotatedStore(Store):
     @property
     def fields(self) -> tuple[str, ...]:
         return ("error",)
+
+    def memory(self) -> Mapping[str, Array]:
+        return self.arrays
 
     def units(self) -> Floats:
         """The unit of each block."""

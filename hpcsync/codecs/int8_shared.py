@@ -48,6 +48,7 @@ class SharedScale(SumCodec):
 
     name = "int8_shared"
     block = BLOCK
+    replays = True
 
     def __init__(self, settings: Settings, kernels: Kernels | None = None) -> None:
         super().__init__(settings)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,9 @@ class FactorStore(Store):
         self.arrays["q"] = np.zeros(layout.sizes[1], np.float32)
         self._places = [(each.start, each.q, rank * each.columns) for each in layout.coded]
 
+    def memory(self) -> Mapping[str, NDArray[Any]]:
+        return self.arrays
+
     def read(self, field: str) -> Floats:
         if field != "q":
             return super().read(field)
@@ -143,6 +146,7 @@ class PowerSGD(SumCodec):
 
     name = "powersgd"
     whole = True
+    replays = True
 
     def __init__(self, settings: Settings, kernels: Kernels | None = None) -> None:
         super().__init__(settings)

@@ -44,6 +44,7 @@ class RandomK(SumCodec):
 
     name = "randomk"
     block = GROUP
+    replays = True
 
     def __init__(self, settings: Settings, kernels: Kernels | None = None) -> None:
         super().__init__(settings)

@@ -79,12 +79,14 @@ class Held:
     Attributes:
         role: ``sender`` or ``owner``, see ``codecs.base``.
         divisor: how many times as large errors would be in the units of the senders' sum.
+        total: by which that sum is divided to give the mean.
     """
 
     start: int
     role: str
     store: Store
     divisor: int = 1
+    total: int = 1
 
     @property
     def stop(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..trace.recorder import BUCKET, QUEUED, WIRE, Recorder, now
 from ..transports.base import Program, Wait
 from .coding import Held
+from .kept import CodedProgram, Keeper
 from .progress import Job, Place, Progress
 
 
@@ -73,6 +74,7 @@ class Collective:
         algorithm: the algorithm that was chosen.
         started_s, finished_s: ``time.perf_counter`` of the last run.
         held: what codecs remember on this rank.
+        coded: first elements that go in coded form.
         bucket: index of the bucket that it carries, or -1.
         number: of the last run, in the trace.
         runs: started so far.
@@ -97,6 +99,7 @@ class Collective:
         self.started_s = 0.0
         self.finished_s = 0.0
         self.held: list[Held] = []
+        self.coded = 0
         self._progress = progress
         self._segments: list[Segment] = []
         self._open = 0
@@ -118,6 +121,16 @@ class Collective:
             for stage in segment.stages:
                 found[stage.level] = found.get(stage.level, 0) + stage.plain_bytes
         return found
+
+    def keepers(self) -> list[Keeper]:
+        """What this rank keeps of the coded elements, from the next run on."""
+        programs = [stage.program for each in self._segments for stage in each.stages]
+        return [
+            keeper
+            for program in programs
+            if isinstance(program, CodedProgram)
+            for keeper in program.keepers()
+        ]
 
     def start(self, priority: int = 0) -> None:
         """Begin a run; lower priorities go first. The region must not be touched until it ends.

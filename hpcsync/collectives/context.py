@@ -182,6 +182,7 @@ class Collectives:
         coded = 0
         if coding and coding.count and choice.codes(coding.where, self.topology):
             coded = coding.count + choice.tail(coding.codec, count - coding.count)
+            collective.coded = coded
             for segment in coded_segments(binding, whole.part(0, coded), coding):
                 collective.add_segment(segment.nbytes, segment.stages)
                 collective.held += segment.held

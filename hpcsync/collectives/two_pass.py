@@ -22,12 +22,13 @@ from ..device.kernels import empty_bytes
 from ..errors import HpcsyncError
 from ..schedules import chunk_bounds
 from ..trace.recorder import COMBINE, DECODE, ENCODE, now
-from ..transports.base import Parcel, Program, Region, Transport, Wait
+from ..transports.base import Parcel, Region, Transport, Wait
 from .coding import Coding, Held, Window
+from .kept import MEAN, CodedProgram, Keeper, Kept, Left
 from .tail import Tailed
 
 
-class TwoPass(Program):
+class TwoPass(CodedProgram):
     """The exchange bound to a region.
 
     Args:
@@ -39,6 +40,7 @@ class TwoPass(Program):
     Attributes:
         held: the codec's stores on this rank.
         sent_bytes: that this rank sends in one run, as far as the codec can tell, by rank.
+        kept: this rank's part, whose coded mean it keeps.
     """
 
     def __init__(
@@ -72,6 +74,9 @@ class TwoPass(Program):
         self._given = [empty_bytes(room[rank]) for _ in self._givers]
         self._means = [empty_bytes(room[who]) for who in self._owners]
         self._mean = empty_bytes(room[rank])
+        self._used = 0
+        last = tail if rank == size - 1 else 0
+        self.kept = Kept(MEAN, start + self._parts[rank].start, counts[rank], last)
         self._mail = transport.mail(
             [
                 *map(Parcel, self._owners, self._coded),
@@ -89,7 +94,8 @@ class TwoPass(Program):
         for who, store in self._stores.items():
             role, units = (OWNER, divisor) if who == rank else (SENDER, 1)
             if store is not None:
-                self.held.append(Held(start + self._parts[who].start, role, store, units))
+                place = start + self._parts[who].start
+                self.held.append(Held(place, role, store, units, divisor))
         expected = [
             code.expected(count) if count else 0.0
             for code, count in zip(codecs, counts, strict=True)
@@ -117,6 +123,7 @@ class TwoPass(Program):
                 used = self._fitting(self._combine(values[self._parts[rank]]), self._mean)
                 self._coding.note(COMBINE, start, used)
                 sent += [mail.send(owners + index, used) for index in range(givers)]
+                self._used = used
             yield means
             for who, data in zip(self._owners, self._means, strict=True):
                 start = now()
@@ -126,6 +133,13 @@ class TwoPass(Program):
 
     def close(self) -> None:
         self._mail.close()
+
+    def keepers(self) -> list[Keeper]:
+        """The coded mean of this rank's part, if it has one."""
+        return [self] if self._givers else []
+
+    def left(self) -> Left:
+        return Left((self._mean[: self._used],))
 
     def _fitting(self, used: int, room: Bytes) -> int:
         if used > room.shape[0]:

@@ -8,6 +8,7 @@ be asked for at once: resuming needs nothing but the step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 class Sampler:
     """The order of samples, and the position in it.
 
-    ``step`` is the position: the next step to train, counted from 0. ``global_batch`` counts
-    samples of a step over all ranks and micro-batches; the order does not depend on how many ranks
-    share it.
+    ``step`` is the position: the next step to train, counted from 0; ``samples`` are those trained
+    on before it. ``global_batch`` counts samples of a step over all ranks and micro-batches; the
+    order does not depend on how many ranks share it.
     """
 
     def __init__(self, source_size: int, global_batch: int, seed: int) -> None:
@@ -34,6 +35,7 @@ class Sampler:
         self.global_batch = global_batch
         self.seed = seed
         self.step = 0
+        self.samples = 0
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """The samples of a global step, int64 (global_batch,); may cross an epoch's end."""
@@ -64,30 +66,39 @@ class Sampler:
     def advance(self) -> None:
         """A step has been trained."""
         self.step += 1
+        self.samples += self.global_batch
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what it is a position in."""
         return {
             "step": self.step,
+            "samples": self.samples,
             "seed": self.seed,
             "source_size": self.source_size,
             "global_batch": self.global_batch,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved position. Raises ``DataError`` when it belongs to another order."""
+    def load_state_dict(self, state: Mapping[str, Any], *, anew: bool = False) -> None:
+        """Take up a saved position.
+
+        Args:
+            anew: the order may be another one: go on at the same step of this one.
+
+        Raises:
+            DataError: it belongs to another order.
+        """
         for key, text in (
             ("seed", "run.seed"),
             ("source_size", "the number of training samples"),
             ("global_batch", "train.global_batch"),
         ):
             now = getattr(self, key)
-            if state[key] != now:
+            if state[key] != now and not anew:
                 raise DataError(
                     f"{text} is {now}, but the saved run had {state[key]}: its place in the data "
                     "cannot be taken up; use the saved value or start a new run"
                 )
-        self.step = int(state["step"])
+        self.step, self.samples = int(state["step"]), int(state["samples"])
 
 
 def permute(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -78,6 +78,11 @@ class Auto:
             self._take()
         return changed
 
+    @property
+    def settled(self) -> bool:
+        """Whether the choice has been made."""
+        return self._tuner is None or self._tuner.settled
+
     def line(self) -> str:
         """What is chosen and why, in one line."""
         if self._tuner is None:

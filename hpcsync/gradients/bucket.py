@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..collectives import Collectives
 from ..collectives.coding import Coding
+from ..collectives.kept import Keeper, Plain, cut
 from ..config import CommConfig
 from ..device import dtype_of
-from ..transports.base import Buffer
+from ..transports.base import Buffer, Region
 from .plan import BucketPlan
 
 
@@ -58,11 +59,14 @@ class Bucket:
         self.launched = False
         self.filling = 0
         self._alone = collectives.runtime.size == 1
+        self._region = Region(arena, offset, plan.numel, dtype_of(plan.dtype))
         memory = arena.own[offset : offset + plan.nbytes]
         self._flat = torch.from_numpy(memory).view(getattr(torch, plan.dtype))
         self.views = [
             self._flat[start : start + param.numel()].as_strided(
-                param.size(), _strides(param), storage_offset=start + self._flat.storage_offset()
+                param.size(),
+                dense_strides(param),
+                storage_offset=start + self._flat.storage_offset(),
             )
             for param, start in zip(self.params, plan.offsets, strict=True)
         ]
@@ -133,6 +137,16 @@ class Bucket:
         """After the exchange: whether a rank had to give up in its backward pass."""
         return not self._alone and bool(torch.isnan(self._used[0]))
 
+    def keepers(self, rank: int, ranks: int) -> list[Keeper]:
+        """What this rank keeps of the means, from the next exchange on: of what is coded, what its
+        collective says; of the rest, an equal share for each rank."""
+        coded = min(self.collective.coded, self.plan.used_offset)
+        share = cut(self.plan.used_offset - coded, rank, ranks)
+        found = self.collective.keepers()
+        if share.start < share.stop:
+            found.append(Plain(self._region, 0, coded + share.start, coded + share.stop))
+        return found
+
     def reset(self) -> None:
         """Be ready for the next backward pass."""
         self.pending = len(self.params)
@@ -140,7 +154,7 @@ class Bucket:
         self.filling = 0
 
 
-def _strides(param: Tensor) -> tuple[int, ...]:
+def dense_strides(param: Tensor) -> tuple[int, ...]:
     """The parameter's own strides where its elements fill memory densely, else row-major."""
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
     expected = 1

@@ -27,6 +27,7 @@ class Compression:
 
     Attributes:
         steps: exchanges so far, the same on all ranks.
+        deck: the section as it was given.
     """
 
     collectives: Collectives
@@ -39,6 +40,7 @@ class Compression:
         self._recorder = self.collectives.recorder
         self.codec: Codec | None = None
         self._settings = settings_of(self.config, self.seed)
+        self.deck = self.config
         self.use("none" if self.config.codec == "auto" else self.config.codec)
 
     def use(self, name: str) -> None:
@@ -49,6 +51,16 @@ class Compression:
         """
         self.config = replace(self.config, codec=name)
         self.codec = None if name == "none" else codecs.build(name, self._settings)
+
+    def named(self, name: str) -> Codec:
+        """The codec of that name, if the deck allows it here.
+
+        Raises:
+            UserError: it does not.
+        """
+        if name == "none" or name not in _served(self.deck):
+            raise UserError(f"codec {name} is not that of compress.codec={self.deck.codec}")
+        return codecs.build(name, self._settings)
 
     @property
     def warm(self) -> bool:
@@ -105,6 +117,10 @@ def check(
         return None
     problem: str = told([each.shape for each in params if codable(config, each)])
     return UserError(problem) if problem else None
+
+
+def _served(deck: CompressConfig) -> tuple[str, ...]:
+    return tuple(deck.allow) if deck.codec == "auto" else (deck.codec,)
 
 
 def codable(config: CompressConfig, param: Parameter) -> bool:

@@ -10,6 +10,9 @@ by parameter, and dealt out again:
 of which every element has one owner or sender in the new layout on each node. (Low precision is
 divided in part within the nodes: then by what is left.) Where all ranks code among themselves, each
 is a node of its own in this.
+
+A state goes on with other ranks, nodes or buckets in the same way, over the whole job: what is
+pending of each parameter, in units of the mean, is dealt out in equal parts to all who code it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 from ..codecs.base import Floats
 from ..collectives import Collective, Collectives
 from ..collectives.coding import Held
+from ..runtime import Runtime
 from .plan import BucketPlan, Parameter
 
 ERROR = "error"  # the field that an owner keeps in units of the mean
@@ -42,12 +46,17 @@ class Exchanged(Protocol):
 
 
 class Fragment(NamedTuple):
-    """Values of one field that this rank holds of a parameter, from element ``start`` on."""
+    """Values of one field that this rank holds of a parameter, from element ``start`` on.
+
+    Attributes:
+        scale: from the units of errors to those of the mean.
+    """
 
     role: str
     field: str
     start: int
     values: Floats
+    scale: float
 
 
 def fragments(buckets: Sequence[Exchanged]) -> Iterator[tuple[int, Fragment]]:
@@ -56,7 +65,8 @@ def fragments(buckets: Sequence[Exchanged]) -> Iterator[tuple[int, Fragment]]:
         start = bucket.plan.offsets[bucket.plan.params.index(index)]
         for field in held.store.fields:
             values = held.store.read(field)[low - held.start : high - held.start]
-            yield index, Fragment(held.role, field, low - start, values)
+            scale = held.divisor / held.total
+            yield index, Fragment(held.role, field, low - start, values, scale)
 
 
 def gather(
@@ -117,14 +127,95 @@ def rescale(buckets: Sequence[Exchanged], factor: float) -> None:
                 held.store.write(field, held.store.read(field) * np.float32(factor))
 
 
+def state(
+    buckets: Sequence[Exchanged], params: Sequence[Parameter]
+) -> dict[str, list[dict[str, Any]]]:
+    """What this rank holds, by parameter: each fragment as a dict of its attributes.
+
+    The values may be the stores' own.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for index, part in fragments(buckets):
+        found.setdefault(params[index].name, []).append(part._asdict())
+    return found
+
+
+class Sums:
+    """What is pending of each parameter over a job whose ranks' states are added.
+
+    Errors are added, in units of the mean. Of other fields the mean over those who hold one is
+    taken: what ranks hold of the same element is alike, or of equal weight.
+    """
+
+    def __init__(self, params: Sequence[Parameter]) -> None:
+        self._params = {param.name: param for param in params}
+        self._sums: dict[str, dict[str, Floats]] = {}
+        self._counts: dict[str, dict[str, Floats]] = {}
+
+    def add(self, held: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """One rank's ``state``; parameters of other sizes, or not there any more, are left out."""
+        for name, parts in held.items():
+            for part in parts:
+                values = np.asarray(part["values"], np.float32)
+                field, start = str(part["field"]), int(part["start"])
+                stop = start + values.shape[0]
+                if name not in self._params or stop > self._params[name].numel or start < 0:
+                    continue
+                sums, counts = self._of(field, name)
+                scale = part["scale"] if field == ERROR else 1
+                sums[start:stop] += values * np.float32(scale)
+                counts[start:stop] += 1
+
+    def over(self, runtime: Runtime) -> Pending:
+        """The sums over all ranks' ``Sums``; collective."""
+        told = runtime.allgather_object([(f, n) for f, names in self._sums.items() for n in names])
+        found: dict[str, dict[str, Floats]] = {}
+        for field, name in sorted({pair for pairs in told for pair in pairs}):
+            sums, counts = self._of(field, name)
+            runtime.allreduce_array(sums, "sum")
+            if field != ERROR:
+                runtime.allreduce_array(counts, "sum")
+                sums /= np.maximum(counts, 1)
+            found.setdefault(field, {})[name] = sums
+        return found
+
+    def _of(self, field: str, name: str) -> tuple[Floats, Floats]:
+        size = self._params[name].numel
+        sums = self._sums.setdefault(field, {}).setdefault(name, np.zeros(size, np.float32))
+        counts = self._counts.setdefault(field, {}).setdefault(name, np.zeros(size, np.float32))
+        return sums, counts
+
+
+def deal_mean(
+    pending: Pending, buckets: Sequence[Exchanged], params: Sequence[Parameter], holders: int
+) -> None:
+    """Put what is pending over the job into stores that hold nothing.
+
+    Args:
+        pending: errors in units of the mean.
+        holders: how many ranks code each element.
+    """
+    for bucket, held, index, low, high in _overlaps(buckets):
+        start = bucket.plan.offsets[bucket.plan.params.index(index)]
+        for field in held.store.fields:
+            found = pending.get(field, {}).get(params[index].name)
+            if found is None:
+                continue
+            values = np.array(held.store.read(field))
+            scale = held.total / held.divisor / holders if field == ERROR else 1
+            part = found[low - start : high - start] * np.float32(scale)
+            values[low - held.start : high - held.start] = part
+            held.store.write(field, values)
+
+
 def restore(
-    fragments: Mapping[int, Sequence[tuple[str, str, int, Any]]], buckets: Sequence[Exchanged]
+    fragments: Mapping[int, Sequence[Mapping[str, Any]]], buckets: Sequence[Exchanged]
 ) -> bool:
     """Write fragments of the same layout back, to the same bits; False if the layout is another."""
     left = {
-        (index, role, field, start): np.asarray(values, np.float32)
+        (index, part["role"], part["field"], part["start"]): np.asarray(part["values"], np.float32)
         for index, parts in fragments.items()
-        for role, field, start, values in parts
+        for part in parts
     }
     fields: dict[tuple[int, str], Floats] = {}
     stores: dict[int, Held] = {}

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import Collectives
+from ..collectives.coding import Held
+from ..collectives.kept import Keeper
 from ..config import CommConfig
 from ..errors import HpcsyncError, ModelError, UserError
 from ..trace.recorder import DRIVEN, EXPOSED, FILL, now
@@ -75,6 +77,9 @@ class Reducer:
         self._sync = True
         self._callback = False
         self._seen_order: list[int] = []
+        self._keeping = False
+        self._keepers: tuple[tuple[int, Keeper], ...] = ()
+        self._exchanged: tuple[tuple[int, Keeper], ...] = self._keepers
         self.stats = StepComm()
         # Without a free core a thread beside the backward pass only takes time from it.
         self._drives = collectives.runtime.crowding * torch.get_num_threads() >= 1
@@ -172,31 +177,59 @@ class Reducer:
 
     def state_dict(self) -> dict[str, Any]:
         """What later exchanges on this rank depend on: the order of the buckets, and what codecs
-        hold back, by parameter. It belongs to this rank of this many. Collective.
+        hold back, by parameter (``held``), which belongs to this rank of this many. Collective.
         """
+        held = memory.state(self._buckets, self._described) if self._compression else {}
+        return self.settled_state() | {"held": held}
+
+    def settled_state(self) -> dict[str, Any]:
+        """``state_dict`` without ``held``; collective."""
         self._settle()  # the next step would, and the state is of the layout it begins with
         names = [param.name for param in self._described]
-        held: dict[str, list[Any]] = {}
-        if self._compression is not None:
-            for index, part in memory.fragments(self._buckets):
-                values = torch.from_numpy(part.values.copy())
-                held.setdefault(names[index], []).append((*part[:3], values))
         return {
             "order": [names[index] for index in self._order] if self._ordered else [],
             "compression": self._compression.state() if self._compression else None,
-            "held": held,
             "auto": self._auto.state_dict() if self._auto else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; collective.
+        """Go on from there, to the same bits; collective.
 
         Raises:
             AgreedError: the state is of other parameters, ranks, nodes or settings.
         """
+        problem: UserError | None = None
+        if not self.restore(state):
+            problem = UserError(
+                "exchange state: it belongs to other ranks, nodes or settings of compress; "
+                "resume with those of before"
+            )
+        self._collectives.runtime.agree(problem)
+
+    def restore(self, state: Mapping[str, Any]) -> bool:
+        """Go on from there; False, on all ranks, if ``held`` does not fit; collective.
+
+        Raises:
+            AgreedError: the state is of other parameters.
+        """
+        self.restore_settled(state, state["held"])
+        index_of = {param.name: index for index, param in enumerate(self._described)}
+        held = {index_of[name]: parts for name, parts in state["held"].items()}
+        fits = memory.restore(held, self._buckets)
+        return bool(self._collectives.runtime.allreduce_scalar([fits], "min")[0])
+
+    def restore_settled(self, state: Mapping[str, Any], names: Iterable[str] = ()) -> None:
+        """Go on from a ``settled_state``, with nothing held back; collective.
+
+        Args:
+            names: of further parameters that must be there.
+
+        Raises:
+            AgreedError: the state is of other parameters.
+        """
         index_of = {param.name: index for index, param in enumerate(self._described)}
         problem: UserError | None = None
-        if not {*state["order"], *state["held"]} <= set(index_of):
+        if not {*state["order"], *names} <= set(index_of):
             problem = UserError("exchange state: it belongs to a model of other parameters")
         self._collectives.runtime.agree(problem)
         if self._auto is not None:
@@ -209,13 +242,65 @@ class Reducer:
             self._seen_order = []
         self._stale = False
         self._build(self._order)
-        held = {index_of[name]: parts for name, parts in state["held"].items()}
-        if not memory.restore(held, self._buckets):
-            problem = UserError(
-                "exchange state: it belongs to other ranks, nodes or settings of compress; "
-                "resume with those of before"
-            )
-        self._collectives.runtime.agree(problem)
+
+    @property
+    def compression(self) -> Compression | None:
+        """How gradients are coded."""
+        return self._compression
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether another codec may yet be chosen; what this one holds back then dies with it."""
+        return self._auto is not None and not self._auto.settled
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is exchanged, by name."""
+        return dict(zip(self._names, self._params, strict=True))
+
+    @property
+    def held(self) -> tuple[tuple[int, Held], ...]:
+        """What codecs remember on this rank, each with its bucket's index."""
+        return tuple(
+            (bucket.plan.index, held) for bucket in self._buckets for held in bucket.collective.held
+        )
+
+    @property
+    def keepers(self) -> tuple[tuple[int, Keeper], ...]:
+        """What this rank keeps of each step's means, each with its bucket's index, after ``keep``;
+        the same tuple as long as the buckets are the same ones."""
+        assert self._exchanged is self._keepers, "the buckets have changed since the exchange"
+        return self._keepers
+
+    def keep(self) -> None:
+        """Keep what a replay log needs, from the next exchange on."""
+        self._keeping = True
+        self._take_keepers()
+
+    def _take_keepers(self) -> None:
+        runtime = self._collectives.runtime
+        self._keepers = tuple(
+            (bucket.plan.index, keeper)
+            for bucket in self._buckets
+            for keeper in bucket.keepers(runtime.rank, runtime.size)
+        )
+
+    def deal(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Take up what another job's codecs held back, in place of what is held now; collective.
+
+        Args:
+            states: ``held`` of some of that job's ranks: each of them on one rank of this one.
+        """
+        sums = memory.Sums(self._described)
+        for held in states:
+            sums.add(held)
+        pending = sums.over(self._collectives.runtime)
+        self._build(self._order)
+        if self._compression is not None:
+            topology = self._collectives.topology
+            everybody = self._compression.config.where == "all"
+            holders = self._collectives.runtime.size if everybody else topology.node_count
+            memory.deal_mean(pending, self._buckets, self._described, holders)
 
     def _adopt_parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         wanted = [(name, param) for name, param in named if param.requires_grad]
@@ -313,6 +398,8 @@ class Reducer:
                 bucket, slot = self._place[index]
                 self._params[index].grad = grad
                 bucket.adopt(slot)
+        if self._keeping:
+            self._take_keepers()
         self._begin()
 
     def _begin(self) -> None:
@@ -390,6 +477,7 @@ class Reducer:
             self.stats = step_comm(
                 [bucket.collective for bucket in self._buckets], waited, self._driven_ns / 1e9
             )
+            self._exchanged = self._keepers
             failed = any(bucket.failed_anywhere() for bucket in self._buckets)
             for index, used in enumerate(self._used):
                 bucket, slot = self._place[index]

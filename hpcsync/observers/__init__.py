@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from ..config import MetricsConfig
-from .base import LevelDetail, Observer, Observers, RunInfo, StepDetail, StepRecord
+from .base import (
+    CheckpointRecord,
+    LevelDetail,
+    Observer,
+    Observers,
+    RunInfo,
+    StepDetail,
+    StepRecord,
+)
 
 __all__ = [
+    "CheckpointRecord",
     "LevelDetail",
     "Observer",
     "Observers",

@@ -1,6 +1,6 @@
 """The contract of an observer, and what the loop tells it.
 
-    started -> evaluated? -> (evaluated? -> measured? -> stepped)* -> ended
+    started -> evaluated? -> (checkpointed* -> evaluated? -> measured? -> stepped)* -> ended
 
 A step's held-out loss is told before the step itself, so that one row can hold both. ``ended``
 comes once, whatever way the run ends.
@@ -8,9 +8,12 @@ comes once, whatever way the run ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,7 @@ class RunInfo:
         codec: as the deck says.
         algorithm: how gradients are summed, as the reducer chose it.
         every_s: seconds between progress lines in a log file.
+        first_step: the step that a resumed run goes on from, else 0.
         run_id: short name that no other run has; in every file, line and metric of this one.
         node: that this rank is on, from 0; ``local_rank`` is its place there.
     """
@@ -44,6 +48,7 @@ class RunInfo:
     codec: str
     algorithm: str
     every_s: float
+    first_step: int = 0
     run_id: str = ""
     node: int = 0
     local_rank: int = 0
@@ -64,6 +69,8 @@ class StepRecord:
         internode_bytes: sent by all ranks over links between nodes.
         skipped: the step was left out because gradients were not finite.
         codec: of the step's gradients; ``none`` where nothing was coded.
+        checkpoint_ms: at the step's beginning, for which it stood still for checkpoints.
+        checkpoints_failed: that were not saved, since the start of the process.
     """
 
     step: int
@@ -80,6 +87,27 @@ class StepRecord:
     loss_scale: float
     skipped: bool
     codec: str = "none"
+    checkpoint_ms: float = 0.0
+    checkpoints_failed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord:
+    """What became of a checkpoint.
+
+    Attributes:
+        step: that it was taken after.
+        problem: why it was not saved, if so: one line.
+        nbytes: that this rank wrote.
+        stall_s: for which training stood still on this rank.
+        durable_s: from the snapshot until it was known to be whole on disk.
+    """
+
+    step: int
+    problem: str = ""
+    nbytes: int = 0
+    stall_s: float = 0.0
+    durable_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +140,7 @@ class StepDetail:
         update_s: of clipping and the optimizer.
         queued: most buckets that were ready and not yet on the way, at once.
         stalls: times that transfers were under way and none moved for a second.
-        checkpoint_s: that a checkpoint took, if one was written.
+        checkpoint_s: that copying the state for a checkpoint took, if one was taken.
     """
 
     data_s: float | None = None
@@ -142,6 +170,16 @@ class Observer:
     def evaluated(self, step: int, loss: float) -> None:
         """Held-out loss after ``step`` steps, in ``RunInfo.val_unit``."""
 
+    def checkpointed(self, record: CheckpointRecord) -> None:
+        """A checkpoint is whole, or was not saved."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run's observer of this kind should know; plain values."""
+        return {}
+
+    def resumed(self, state: Mapping[str, Any]) -> None:
+        """Told before ``started``: what ``state`` gave in the run that is gone on with."""
+
     def interrupted(self, signal_name: str) -> None:
         """A signal came; the run may be killed at any moment. Called from another thread."""
 
@@ -150,11 +188,16 @@ class Observer:
 
 
 class Observers(Observer):
-    """Tells several observers, in order."""
+    """Tells several observers, in order.
+
+    A file that one of them cannot write does not end the run, once it has begun: that is told
+    once, and the observer goes on being told.
+    """
 
     def __init__(self, members: Sequence[Observer]) -> None:
         self.members = tuple(members)
         self._over = False
+        self._warned: set[int] = set()
 
     def join(self, member: Observer) -> None:
         """Tell another one, too, after the others."""
@@ -168,23 +211,33 @@ class Observers(Observer):
         return any(member.wants_detail() for member in self.members)
 
     def measured(self, detail: StepDetail) -> None:
-        for member in self.members:
-            member.measured(detail)
+        self._each(lambda member: member.measured(detail))
 
     def stepped(self, record: StepRecord) -> None:
-        for member in self.members:
-            member.stepped(record)
+        self._each(lambda member: member.stepped(record))
 
     def evaluated(self, step: int, loss: float) -> None:
+        self._each(lambda member: member.evaluated(step, loss))
+
+    def checkpointed(self, record: CheckpointRecord) -> None:
+        self._each(lambda member: member.checkpointed(record))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            type(member).__name__: found for member in self.members if (found := member.state())
+        }
+
+    def resumed(self, state: Mapping[str, Any]) -> None:
         for member in self.members:
-            member.evaluated(step, loss)
+            if (name := type(member).__name__) in state:
+                member.resumed(state[name])
 
     def interrupted(self, signal_name: str) -> None:
-        for member in self.members:
-            member.interrupted(signal_name)
+        self._each(lambda member: member.interrupted(signal_name))
 
     def ended(self, status: str, detail: str) -> None:
-        """Tell each member once, whatever the others do; the first failure is raised after."""
+        """Tell each member once, whatever the others do; the first failure is raised after, unless
+        it is a disk's."""
         if self._over:
             return
         self._over = True
@@ -192,7 +245,28 @@ class Observers(Observer):
         for member in self.members:
             try:
                 member.ended(status, detail)
-            except Exception as error:  # a full disk must not keep the terminal from being reset
+            except OSError as error:
+                self._warn(member, error)
+            except Exception as error:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    def _each(self, tell: Callable[[Observer], None]) -> None:
+        for member in self.members:
+            try:
+                tell(member)
+            except OSError as error:
+                self._warn(member, error)
+
+    def _warn(self, member: Observer, error: OSError) -> None:
+        if id(member) in self._warned:
+            return
+        self._warned.add(id(member))
+        with contextlib.suppress(OSError):
+            name = type(member).__name__.lower()
+            reason = f"{error.strerror or error}" + (
+                f": {error.filename}" if error.filename else ""
+            )
+            text = f"hpcsync: WARNING: the run's {name} is not complete: {reason}; it goes on"
+            print(text, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import os
 import time
 from datetime import UTC, datetime
 
-from .base import Observer, RunInfo, StepRecord
+from .base import CheckpointRecord, Observer, RunInfo, StepRecord
 
 
 class Log(Observer):
@@ -24,7 +24,7 @@ class Log(Observer):
         self._step = 0
 
     def started(self, info: RunInfo) -> None:
-        self._info = info
+        self._info, self._step = info, info.first_step
         if info.rank == 0:
             self._write(
                 "started",
@@ -35,6 +35,7 @@ class Log(Observer):
                 unit=info.unit,
                 codec=info.codec,
                 algorithm=info.algorithm,
+                first_step=info.first_step,
             )
 
     def evaluated(self, step: int, loss: float) -> None:
@@ -48,6 +49,20 @@ class Log(Observer):
                 "skipped",
                 reason="gradients are not finite",
                 loss_scale=record.loss_scale,
+            )
+
+    def checkpointed(self, record: CheckpointRecord) -> None:
+        if self._info is None or self._info.rank != 0:
+            return
+        if record.problem:
+            self._write("checkpoint failed", of=record.step, problem=record.problem)
+        else:
+            self._write(
+                "checkpoint",
+                of=record.step,
+                bytes=record.nbytes,
+                stall_s=round(record.stall_s, 6),
+                durable_s=round(record.durable_s, 6),
             )
 
     def interrupted(self, signal_name: str) -> None:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, TextIO
 
-from .base import Observer, RunInfo, StepRecord
+from .base import CheckpointRecord, Observer, RunInfo, StepRecord
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -34,7 +34,9 @@ class Progress(Observer):
         self._next = time.monotonic()  # the first step is told at once
         if is_terminal(self._stream):
             self._bar = _make_bar(self._stream)
-            self._task = self._bar.add_task("train", total=info.steps, words="")
+            self._task = self._bar.add_task(
+                "train", total=info.steps, completed=info.first_step, words=""
+            )
             self._bar.start()
 
     def stepped(self, record: StepRecord) -> None:
@@ -51,6 +53,13 @@ class Progress(Observer):
 
     def evaluated(self, step: int, loss: float) -> None:
         self._say(f"step {step}/{self._info.steps}  held-out loss {loss:.4f} {self._info.val_unit}")
+
+    def checkpointed(self, record: CheckpointRecord) -> None:
+        if not record.problem and self._bar is None:
+            self._say(
+                f"step {record.step}/{self._info.steps}  checkpoint saved: training stood still "
+                f"for {record.stall_s * 1e3:.0f} ms, on disk after {record.durable_s:.1f} s"
+            )
 
     def ended(self, status: str, detail: str) -> None:
         if self._bar is not None:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 from .. import __version__
 from ..errors import UserError
-from .base import LevelDetail, Observer, RunInfo, StepDetail, StepRecord
+from .base import (
+    CheckpointRecord,
+    LevelDetail,
+    Observer,
+    RunInfo,
+    StepDetail,
+    StepRecord,
+)
 from .series import Family, Series
 
 if TYPE_CHECKING:
@@ -84,8 +91,25 @@ FAMILIES = (
     ),
     Family("queue_length", "gauge", "Most buckets that waited at once in the last step."),
     Family("stalls_total", "counter", "Times that no transfer under way moved for a second."),
-    Family("checkpoint_seconds", "histogram", "Time that a checkpoint took.", (), _STEPS),
-    Family("checkpoint_timestamp_seconds", "gauge", "Unix time of the last checkpoint."),
+    Family(
+        "checkpoint_seconds",
+        "histogram",
+        "From the snapshot of a checkpoint until it was whole on disk.",
+        (),
+        _STEPS,
+    ),
+    Family(
+        "checkpoint_stall_seconds",
+        "histogram",
+        "Time for which training stood still for a checkpoint.",
+        (),
+        _STEPS,
+    ),
+    Family("checkpoint_bytes_total", "counter", "Written into checkpoints by this rank."),
+    Family("checkpoint_step", "gauge", "Step of the last checkpoint that is whole."),
+    Family("checkpoint_timestamp_seconds", "gauge", "Unix time of the last whole checkpoint."),
+    Family("checkpoint_failures_total", "counter", "Checkpoints that were not saved."),
+    Family("checkpoint_failed", "gauge", "1 if the last checkpoint was not saved, else 0."),
 )
 
 
@@ -139,6 +163,7 @@ class Prometheus(Observer):
         # Zeros, so that the first one is seen as an increase.
         self._series.add("steps_total", 0.0)
         self._series.add("skipped_steps_total", 0.0)
+        self._series.add("checkpoint_failures_total", 0.0)
         if self._textfile:
             try:
                 self._write()
@@ -164,8 +189,7 @@ class Prometheus(Observer):
         if detail.stalls is not None:
             series.add("stalls_total", detail.stalls)
         if detail.checkpoint_s is not None:
-            series.observe("checkpoint_seconds", detail.checkpoint_s)
-            series.set("checkpoint_timestamp_seconds", time.time())
+            series.observe("checkpoint_stall_seconds", detail.checkpoint_s)
         for level in detail.levels:
             self._level(level)
 
@@ -202,6 +226,17 @@ class Prometheus(Observer):
         series.add("internode_bytes_total", record.internode_bytes, record.codec)
         if time.monotonic() - self._written_s >= _EVERY_S:
             self._refresh()
+
+    def checkpointed(self, record: CheckpointRecord) -> None:
+        series = self._series
+        series.set("checkpoint_failed", float(record.problem != ""))
+        if record.problem:
+            series.add("checkpoint_failures_total", 1.0)
+            return
+        series.observe("checkpoint_seconds", record.durable_s)
+        series.add("checkpoint_bytes_total", record.nbytes)
+        series.set("checkpoint_step", record.step)
+        series.set("checkpoint_timestamp_seconds", time.time())
 
     def evaluated(self, step: int, loss: float) -> None:
         assert self._info is not None

@@ -14,10 +14,11 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base import Observer, RunInfo, StepRecord
+from .base import CheckpointRecord, Observer, RunInfo, StepRecord
 
 # Medians are of the last steps only, so that a run of weeks needs no more memory.
 WINDOW = 10_000
@@ -29,30 +30,50 @@ class Summary(Observer):
     Keys: run_id, ranks, nodes, steps (done), loss_first, loss_last (nats), val_loss,
     val_loss_first, val_unit, tokens_per_s, step_ms, compute_ms, comm_ms, exposed_comm_ms, wait_ms
     (medians), overlap (share of the communication that was hidden, 0 to 1),
-    internode_bytes_per_step, skipped, wall_s, codec, algorithm, status, detail. A value that was
-    not measured, NaN or Inf is null.
+    internode_bytes_per_step, skipped, wall_s, codec, algorithm, first_step, checkpoint_step (of the
+    last one that is whole), checkpoints_failed, status, detail. A value that was not measured, NaN
+    or Inf is null. The first losses of a resumed run, and its skipped steps, are those of the whole
+    run; medians are of this process.
     """
 
     def __init__(self) -> None:
         self._info: RunInfo | None = None
         self._begin = time.monotonic()
         self._recent: deque[StepRecord] = deque(maxlen=WINDOW)
-        self._first: StepRecord | None = None
+        self._first: float | None = None
         self._val: list[float] = []
-        self._skipped = 0
+        self._skipped = self._failed = 0
+        self._saved: int | None = None
         self._lock = threading.Lock()
 
     def started(self, info: RunInfo) -> None:
         self._info = info
+        self._saved = info.first_step or None
 
     def stepped(self, record: StepRecord) -> None:
         if self._first is None:
-            self._first = record
+            self._first = record.loss
         self._recent.append(record)
         self._skipped += record.skipped
 
     def evaluated(self, step: int, loss: float) -> None:
         self._val = [*self._val[:1], loss]
+
+    def checkpointed(self, record: CheckpointRecord) -> None:
+        if record.problem:
+            self._failed += 1
+            return
+        self._saved = record.step
+        if self._info is not None and self._info.rank == 0:
+            with self._lock:
+                self._write(self._info, "running", "")
+
+    def state(self) -> dict[str, Any]:
+        return {"loss_first": self._first, "val": self._val, "skipped": self._skipped}
+
+    def resumed(self, state: Mapping[str, Any]) -> None:
+        self._first, self._val = state["loss_first"], list(state["val"])
+        self._skipped = int(state["skipped"])
 
     def interrupted(self, signal_name: str) -> None:
         info = self._info
@@ -89,8 +110,11 @@ class Summary(Observer):
             "run_id": info.run_id,
             "ranks": info.ranks,
             "nodes": info.nodes,
-            "steps": last.step if last else 0,
-            "loss_first": self._first.loss if self._first else None,
+            "steps": last.step if last else info.first_step,
+            "first_step": info.first_step,
+            "checkpoint_step": self._saved,
+            "checkpoints_failed": self._failed,
+            "loss_first": self._first,
             "loss_last": last.loss if last else None,
             "val_loss": self._val[-1] if self._val else None,
             "val_loss_first": self._val[0] if self._val else None,

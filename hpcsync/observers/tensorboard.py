@@ -67,6 +67,7 @@ class TensorBoard(Observer):
                 "time/communication_s": record.comm_ms / 1e3,
                 "time/exposed_s": record.exposed_comm_ms / 1e3,
                 "time/wait_s": record.wait_ms / 1e3,
+                "time/checkpoint_s": record.checkpoint_ms / 1e3,
                 "rate/tokens_per_s": record.tokens_per_s,
                 "rate/internode_bytes_per_step": record.internode_bytes,
             },

@@ -213,6 +213,7 @@ def read(run: str | Path) -> Trace:
     paths, folder = _find(Path(run))
     trace: Trace | None = None
     problems: list[str] = []
+    files: list[tuple[Path, h5py.File]] = []
     for path in paths:
         try:
             file = h5py.File(path, "r")
@@ -224,10 +225,14 @@ def read(run: str | Path) -> Trace:
             problems.append(f"{path}: {problem}; left out")
             file.close()
             continue
-        if trace is None:
-            names = tuple(name.decode() for name in file["names"][...])
-            trace = Trace(folder, _facts(file), names)
-        if str(file.attrs["run_id"]) != trace.facts.run_id:
+        files.append((path, file))
+    # A run that was resumed has a new id, and clocks that were not compared with those of before.
+    newest = max((file for _, file in files), key=_created, default=None)
+    for path, file in files:
+        if trace is None and newest is not None:
+            names = tuple(name.decode() for name in newest["names"][...])
+            trace = Trace(folder, _facts(newest), names)
+        if trace is None or str(file.attrs["run_id"]) != trace.facts.run_id:
             problems.append(f"{path}: of another run ({file.attrs['run_id']}); left out")
             file.close()
             continue
@@ -257,6 +262,10 @@ def _find(given: Path) -> tuple[list[Path], Path]:
         f"{given}: no trace in it (trace/node*.h5); run with trace.enabled=true, and name the "
         "run's folder"
     )
+
+
+def _created(file: h5py.File) -> str:
+    return str(_plain(file.attrs.get("created", "")))
 
 
 def _foreign(file: h5py.File) -> str:

@@ -58,7 +58,8 @@ class NodeFile:
     Args:
         folder: RUN/trace; made if need be.
         ranks: attributes of each rank of the node: host, local_rank, pid.
-        part: number of the first part, where several processes write for one node.
+        part: least number of the first part, where several processes write for one node. Parts
+            that are there already, of the run that is resumed, stay.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class NodeFile:
         self._lost = dict.fromkeys(ranks, 0)
         self._rows: dict[tuple[int, str], list[NDArray[np.void]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        while self.path.exists():
+            self.discard()
+            self._part += 1
         self._make()
 
     @property

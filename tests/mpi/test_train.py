@@ -18,7 +18,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from hpcsync import assembly, data, dryrun, exchange, launch, models, train
+from hpcsync import assembly, data, dryrun, exchange, launch, loop, models, train
 from hpcsync import config as configs
 from hpcsync.config import Config
 from hpcsync.launch import AgreedError
@@ -136,7 +136,8 @@ def test_run_folder(folder: Path, comm: MPI.Intracomm) -> None:
     if comm.rank != 0:
         return
     names = {path.name for path in made.iterdir()}
-    assert names == {"config.toml", "summary.json", "metrics.csv", "log.jsonl", "trace"}
+    files = {"config.toml", "summary.json", "metrics.csv", "log.jsonl"}
+    assert names == {*files, "trace", "checkpoints"}
     found = summary(made)
     assert (found["status"], found["steps"], found["ranks"]) == ("done", 6, comm.size)
     assert found["val_loss"] < found["val_loss_first"]
@@ -145,7 +146,7 @@ def test_run_folder(folder: Path, comm: MPI.Intracomm) -> None:
     assert [row["val_loss"] != "" for row in rows(made)] == [False, False, True] * 2
     assert configs.load(made / "config.toml") == configs.load(None, TINY)
     events = [json.loads(line)["event"] for line in (made / "log.jsonl").read_text().splitlines()]
-    assert events == ["started", "evaluated", "evaluated", "evaluated", "ended"]
+    assert events == ["started", "evaluated", "evaluated", "evaluated", "checkpoint", "ended"]
 
 
 def test_the_largest_seed(folder: Path) -> None:
@@ -155,7 +156,7 @@ def test_the_largest_seed(folder: Path) -> None:
 def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
     config = configs.load(None, tiny("model.dropout=0.1", "train.steps=10"))
 
-    def ten(first: dict[str, Any] | None, steps: int) -> tuple[list[Any], dict[str, Any]]:
+    def ten(first: assembly.State | None, steps: int) -> tuple[list[Any], assembly.State]:
         """Losses of ``steps`` steps of fresh parts that begin from ``first``, and their state."""
         with (
             launch.start(config.topology) as runtime,
@@ -163,8 +164,8 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
         ):
             parts = assembly.assemble(runtime, config, signals)
             if first is not None:
-                parts.load_state_dict(first)
-            loop = train.Loop(
+                assert parts.load(first)
+            made = loop.Loop(
                 runtime=runtime,
                 config=config,
                 parts=parts,
@@ -172,18 +173,21 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
                 observers=Observers([]),
                 signals=signals,
             )
-            records = [loop.step()[0] for _ in range(steps)]
-            state = copy.deepcopy(parts.state_dict())
+            records = [made.step()[0] for _ in range(steps)]
+            state = copy.deepcopy(parts.state())
         return [(each.step, each.loss, each.grad_norm, each.lr) for each in records], state
 
     whole, end = ten(None, 10)
     _, middle = ten(None, 5)
     rest, again = ten(middle, 5)
     assert rest == whole[5:]
-    assert again["sampler"] == end["sampler"]
-    assert again["sampler"]["step"] == 10
-    for name, value in end["engine"]["model"].items():
-        assert torch.equal(value, again["engine"]["model"][name]), name
+    assert again.common["sampler"] == end.common["sampler"]
+    assert again.common["sampler"]["step"] == 10
+    for name, value in end.common["model"].items():
+        assert torch.equal(value, again.common["model"][name]), name
+    for field, values in end.common["optimizer"].items():
+        for name, value in values.items():
+            assert torch.equal(value, again.common["optimizer"][field][name]), (field, name)
 
 
 def test_held_out_loss_does_not_depend_on_the_ranks(folder: Path, comm: MPI.Intracomm) -> None:

@@ -46,6 +46,8 @@ def values_of(key: schema.Key) -> st.SearchStrategy[object]:
     rule = key.rule
     if key.kind == "bool":
         return st.booleans()
+    if key.name == "checkpoint.every":
+        return st.integers(0, 2**63 - 1) | st.sampled_from(["auto", "30s", "10 min", "1.5h"])
     if key.kind == "int":
         low = int(rule.minimum) if rule.minimum is not None else -(2**63) + 1
         return st.integers(low, int(rule.maximum or 2**63 - 1))
@@ -70,7 +72,7 @@ def configs(draw: st.DrawFn) -> Config:
     parts = {}
     for name, kind in schema.sections(Config):
         keys = schema.keys_of(name, kind)
-        parts[name] = kind(**{key.leaf: draw(values_of(key)) for key in keys})
+        parts[name] = kind(**{key.field: draw(values_of(key)) for key in keys})
     drawn = Config(**parts)
     heads = draw(st.integers(1, 64))
     accumulate = draw(st.integers(1, 64))
@@ -308,3 +310,12 @@ def test_the_default_deck_is_the_defaults_with_every_text() -> None:
 
 def test_the_gpu_deck_computes_in_bf16() -> None:
     assert config.load("gpu_cluster").train.precision == "bf16"
+
+
+def test_a_deck_may_be_a_text() -> None:
+    """As a checkpoint holds it: it extends nothing, and faults name where it stood."""
+    made = config.load(None, ["train.steps=7", "model.name=mlp"])
+    assert config.loads(config.dump(made), "manifest") == made
+    assert config.loads(config.dump(made), "manifest", ["train.steps=8"]).train.steps == 8
+    with pytest.raises(ConfigError, match=r"manifest:1: extends"):
+        config.loads('extends = "default.toml"\n', "manifest")

@@ -6,12 +6,21 @@ import csv
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpcsync.observers import Observer, Observers, RunInfo, StepDetail, StepRecord, standard
+from hpcsync.observers import (
+    CheckpointRecord,
+    Observer,
+    Observers,
+    RunInfo,
+    StepDetail,
+    StepRecord,
+    standard,
+)
 from hpcsync.observers.log import Log
 from hpcsync.observers.metrics import Metrics
 from hpcsync.observers.progress import Progress, brief, clock, is_terminal
@@ -292,15 +301,85 @@ class Broken(Observer):
         raise OSError("disk full")
 
 
-def test_every_observer_hears_of_the_end_once(tmp_path: Path) -> None:
+def test_every_observer_hears_of_the_end_once(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[str] = []
+
+    class Faulty(Observer):
+        def ended(self, status: str, detail: str) -> None:
+            raise ValueError("planted")
 
     class Last(Observer):
         def ended(self, status: str, detail: str) -> None:
             ended.append(status)
 
-    observers = Observers([Broken(), Last()])
-    with pytest.raises(OSError, match="disk full"):
+    observers = Observers([Broken(), Faulty(), Last()])
+    with pytest.raises(ValueError, match="planted"):
         observers.ended("done", "")
     observers.ended("failed", "again")
     assert ended == ["done"]
+    assert "the run's broken is not complete: disk full" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_end_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told once; rows are whole, and there again when there is room."""
+    observers = Observers([Metrics()])
+    observers.started(info(tmp_path))
+    observers.stepped(record(1))
+    write, room = os.pwrite, [10]
+
+    def full(handle: int, data: bytes, offset: int) -> int:
+        if not room:
+            raise OSError(28, "No space left on device")
+        return write(handle, data[: room.pop()], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    observers.stepped(record(2))
+    observers.stepped(record(3))
+    monkeypatch.undo()
+    observers.stepped(record(4))
+    observers.ended("done", "")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "4"]
+    assert capsys.readouterr().err.count("WARNING: the run's metrics") == 1
+
+
+def test_rows_of_a_resumed_run(tmp_path: Path) -> None:
+    """Those up to its first step stay, whatever was torn; those that were replayed are added."""
+    run(Metrics(), info(tmp_path), steps=5)
+    path = tmp_path / "metrics.csv"
+    before = path.read_text().splitlines()
+    path.write_text("\n".join(before[:-1]) + "\n5,0.3")
+    again = Metrics()
+    again.resumed({"replayed": [record(4, loss=9.0), record(5, loss=8.0)]})
+    again.started(info(tmp_path, first_step=5, run_id="other"))
+    again.stepped(record(6))
+    again.ended("done", "")
+    after = path.read_text().splitlines()
+    assert after[:5] == before[:5]
+    assert [row.split(",")[0] for row in after[1:]] == ["1", "2", "3", "4", "5", "6"]
+    assert [row.rsplit(",", 1)[1] for row in after[-2:]] == ["other", "other"]
+    third = Metrics()
+    third.started(info(tmp_path, first_step=2))
+    third.ended("done", "")
+    assert path.read_text().splitlines() == before[:3]
+
+
+def test_a_summary_is_of_the_whole_run(tmp_path: Path) -> None:
+    first = Summary()
+    first.started(info(tmp_path))
+    first.evaluated(0, 8.0)
+    first.stepped(record(1, skipped=True))
+    again = Summary()
+    again.resumed(first.state())
+    again.started(info(tmp_path, first_step=1))
+    again.stepped(record(2))
+    again.checkpointed(CheckpointRecord(step=2))
+    found = summary(tmp_path)
+    assert (found["status"], found["checkpoint_step"], found["first_step"]) == ("running", 2, 1)
+    again.checkpointed(CheckpointRecord(step=3, problem="disk full"))
+    again.ended("done", "")
+    found = summary(tmp_path)
+    assert (found["loss_first"], found["val_loss_first"], found["skipped"]) == (4.9, 8.0, 1)
+    assert (found["checkpoint_step"], found["checkpoints_failed"]) == (2, 1)

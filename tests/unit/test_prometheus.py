@@ -15,7 +15,14 @@ import pytest
 
 from hpcsync.config import MetricsConfig
 from hpcsync.errors import UserError
-from hpcsync.observers import LevelDetail, RunInfo, StepDetail, StepRecord, standard
+from hpcsync.observers import (
+    CheckpointRecord,
+    LevelDetail,
+    RunInfo,
+    StepDetail,
+    StepRecord,
+    standard,
+)
 from hpcsync.observers.detail import of_step
 from hpcsync.trace.events import EVENT, LANE, NAMES
 
@@ -171,8 +178,23 @@ def test_levels_have_bytes_latency_and_throughput(told: list[Sample]) -> None:
 def test_queue_stalls_and_checkpoints(told: list[Sample]) -> None:
     assert value(told, "queue_length") == 3
     assert value(told, "stalls_total") == 3
-    assert value(told, "checkpoint_seconds_sum") == 7.5
+    assert value(told, "checkpoint_stall_seconds_sum") == 7.5
+
+
+def test_checkpoints_and_those_that_were_not_saved(prometheus: Any, tmp_path: Path) -> None:
+    path = tmp_path / "hpcsync.prom"
+    observer = prometheus(str(path))
+    observer.started(info(tmp_path))
+    observer.checkpointed(CheckpointRecord(step=5, nbytes=1000, durable_s=2.5))
+    observer.checkpointed(CheckpointRecord(step=7, problem="No space left on device"))
+    observer.ended("done", "")
+    told = parsed(path.read_text())
+    assert value(told, "checkpoint_seconds_sum") == 2.5
+    assert value(told, "checkpoint_bytes_total") == 1000
+    assert value(told, "checkpoint_step") == 5
     assert value(told, "checkpoint_timestamp_seconds") > 1.7e9
+    assert value(told, "checkpoint_failures_total") == 1
+    assert value(told, "checkpoint_failed") == 1
 
 
 def test_what_nobody_measures_is_not_exported(prometheus: Any, tmp_path: Path) -> None:
@@ -182,7 +204,16 @@ def test_what_nobody_measures_is_not_exported(prometheus: Any, tmp_path: Path) -
     observer.stepped(record(1, loss=math.nan))
     observer.ended("failed", "")
     text = path.read_text()
-    for name in ("queue", "stalls", "checkpoint", "sent_bytes", "transfer", "data", "val_loss"):
+    for name in (
+        "queue",
+        "stalls",
+        "checkpoint_s",
+        "checkpoint_failed",
+        "sent_bytes",
+        "transfer",
+        "data",
+        "val_loss",
+    ):
         assert f"hpcsync_{name}" not in text
     assert math.isnan(value(parsed(text), "loss"))
 

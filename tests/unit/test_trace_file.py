@@ -272,3 +272,18 @@ def test_histograms_and_small_things() -> None:
     assert peak >= resident > 0
     assert memory_of(2**30) == (0, 0)
     assert event_cost_ns() > 0
+
+
+def test_a_resumed_run_writes_further_parts_and_is_read_alone(tmp_path: Path) -> None:
+    for number, run_id in enumerate(("first", "second")):
+        file = NodeFile(tmp_path / "trace", head(0, run_id), about(0))
+        file.flush(complete=True)
+        with h5py.File(file.path, "a") as made:
+            made.attrs["created"] = f"2026-01-0{number + 1}T00:00:00+00:00"
+    assert sorted(path.name for path in (tmp_path / "trace").iterdir()) == [
+        "node0-001.h5",
+        "node0.h5",
+    ]
+    found = trace.open(tmp_path)
+    assert found.facts.run_id == "second"
+    assert any("of another run (first)" in problem for problem in found.problems)

@@ -162,5 +162,5 @@ def test_a_full_disk_does_not_hide_why_a_run_failed(capsys: pytest.CaptureFixtur
 
     train._ended(Observers([Full()]), "failed", "the reason")
     told = capsys.readouterr().err
-    assert told.startswith("hpcsync: warning: the run's files are not complete: OSError")
+    assert told.startswith("hpcsync: WARNING: the run's full is not complete: No space left")
     assert told.count("\n") == 1

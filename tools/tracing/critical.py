@@ -14,9 +14,10 @@ from hpcsync.trace.analysis.exchange import exchange
 from hpcsync.trace.analysis.tables import collect
 from hpcsync.trace.events import Events
 from hpcsync.trace.file import Trace
+from tools import reporting
+from tools.reporting import Column, Report, Table, fixed, ms, percent
 
 from . import output
-from .output import Column, Report, Table, fixed, ms, percent
 
 NAME = "critical"
 HELP = "the critical path of steps across ranks, with the share of each lane and rank"
@@ -29,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     output.add_run(parser)
     output.add_choice(parser)
-    output.add_form(parser)
+    reporting.add_form(parser)
     parser.add_argument(
         "--path", action="store_true", help="show the path itself, of the last step"
     )
@@ -44,7 +45,9 @@ def run(options: argparse.Namespace) -> int:
         tables = collect(trace, ranks, choose)
         found, names, fetch = exchange(tables), names_of(trace.names), _Events(trace)
         paths = [critical_path(tables, found, names, fetch, step) for step in tables.steps.tolist()]
-        output.show(report(paths, options.path, people=not (options.csv or options.json)), options)
+        reporting.show(
+            report(paths, options.path, people=not (options.csv or options.json)), options
+        )
     return 0
 
 

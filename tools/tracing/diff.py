@@ -18,9 +18,10 @@ from hpcsync.trace.analysis.compare import (
 )
 from hpcsync.trace.analysis.tables import Tables, collect
 from hpcsync.trace.file import RunFacts
+from tools import reporting
+from tools.reporting import Column, Report, Table, fixed, ms
 
 from . import output
-from .output import Column, Report, Table, fixed, ms
 
 NAME = "diff"
 HELP = "what got slower in the second run, with confidence intervals; exit status for CI"
@@ -32,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     output.add_run(parser, "a", "b")
     output.add_choice(parser)
-    output.add_form(parser)
+    reporting.add_form(parser)
     parser.add_argument(
         "--threshold",
         type=_share,
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     found = compare(a, b, (one, other), options.threshold, options.level)
     if not same_buckets(a, b):
         output.warn("the runs cut their gradients into other buckets; those are not compared")
-    output.show(report(found, (a, b), (one, other), options), options)
+    reporting.show(report(found, (a, b), (one, other), options), options)
     return int(found.slower)
 
 

@@ -27,11 +27,12 @@ from hpcsync.errors import UserError
 from hpcsync.topology import Topology
 from hpcsync.trace.events import EVENT
 from hpcsync.trace.writer import PART_BYTES
+from tools import reporting
 from tools.benchmark import MIB
+from tools.reporting import Column, Report, Table
 
 from . import output
 from .deck import Deck, even
-from .output import Column, Report, Table
 from .sample import Cost, measure
 
 NAME = "estimate"
@@ -77,7 +78,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--ring", type=int, metavar="SPANS", help="trace.ring")
     add("--buckets", type=int, metavar="N", help="of the model, else from the deck's model")
     add("--segments", type=int, metavar="N", help="of a bucket")
-    output.add_form(parser)
+    reporting.add_form(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         shape = _as_told(configs.load(options.of if given else None, options.settings), options)
         cost, source = measure(max(round(shape.spans), 1)), "a small file written now"
-    output.show(report(shape, cost, source), options)
+    reporting.show(report(shape, cost, source), options)
     return 0
 
 
@@ -137,7 +138,7 @@ def report(shape: Shape, cost: Cost, source: str) -> Report:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Bytes):
-        return output.size(value)
+        return reporting.size(value)
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
 
 

@@ -11,9 +11,10 @@ from hpcsync.trace import hang
 from hpcsync.trace.analysis import stuck
 from hpcsync.trace.events import NAMES
 from hpcsync.wording import ranges
+from tools import reporting
+from tools.reporting import Column, Report, Table
 
 from . import output
-from .output import Column, Report, Table
 
 NAME = "hang"
 HELP = "what a stuck job waited for: the collective, the missing ranks, where each stands"
@@ -25,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     output.add_run(parser)
     parser.add_argument("--rank", type=int, help="all of one rank: stacks, collectives, last spans")
-    output.add_form(parser)
+    reporting.add_form(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,11 +39,11 @@ def run(options: argparse.Namespace) -> int:
     for problem in problems:
         output.warn(problem)
     if options.rank is not None:
-        output.show(_one(dumps, options.rank), options)
+        reporting.show(_one(dumps, options.rank), options)
         return 0
     found = stuck.report(dumps, max(dump.ranks for dump in dumps))
     whole = options.csv or options.json
-    output.show(_all(found) if whole else Report(before=stuck.render(found)), options)
+    reporting.show(_all(found) if whole else Report(before=stuck.render(found)), options)
     return 0
 
 
@@ -123,8 +124,8 @@ def _one(dumps: Sequence[hang.Dump], rank: int) -> Report:
                     Column("span", "span"),
                     Column("step", "step"),
                     Column("bucket", "bucket"),
-                    Column("s", "ms", output.fixed(3, 1e3)),
-                    Column("ended_s", "s before the dump", output.fixed(3)),
+                    Column("s", "ms", reporting.fixed(3, 1e3)),
+                    Column("ended_s", "s before the dump", reporting.fixed(3)),
                 ],
                 spans,
             ),

@@ -9,9 +9,10 @@ from typing import Any
 from hpcsync.trace.analysis.summary import Summary, summarise
 from hpcsync.trace.file import RunFacts, Trace
 from hpcsync.wording import ranges
+from tools import reporting
+from tools.reporting import Column, Report, Table, fixed, ms, percent, plain, ratio, size
 
 from . import output
-from .output import Column, Report, Table, fixed, ms, percent, plain, ratio, size
 
 NAME = "summary"
 HELP = "time a step by part, overlap, bandwidths, slow ranks, and a verdict in words"
@@ -23,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     output.add_run(parser)
     output.add_choice(parser)
-    output.add_form(parser)
+    reporting.add_form(parser)
     parser.add_argument("--all-ranks", action="store_true", help="show every rank, not the slowest")
 
 
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         choose = (lambda there: output.chosen_steps(trace, options, there)) if asked else None
         found = summarise(trace, ranks, choose)
         whole = options.all_ranks or options.csv or options.json
-        output.show(report(trace, found, None if whole else _MOST), options)
+        reporting.show(report(trace, found, None if whole else _MOST), options)
     return 0
 
 

@@ -20,12 +20,13 @@ from hpcsync.topology import Topology
 from hpcsync.trace.analysis.whatif import Seen, observe
 from hpcsync.trace.events import Events
 from hpcsync.trace.file import Trace
+from tools import reporting
 from tools.benchmark import BenchmarkError, parse_rate
+from tools.reporting import Column, Report, Table
 
 from . import changes, output
 from .deck import Deck, even, topology_of
 from .model import Case, traced, users
-from .output import Column, Report, Table
 
 NAME = "whatif"
 HELP = "the step with other links, ranks, codec or buckets"
@@ -53,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="with other ranks: what stays, the samples of a step or of a rank (%(default)s)",
     )
     add("--cores", type=float, metavar="N", help="of a node, if ranks may have to share them")
-    output.add_form(parser)
+    reporting.add_form(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         crowding = most / options.cores if options.cores else None
         case = traced(seen, trace.facts, deck, crowding, _bits(options.was or "", "--was"))
         other = changed(case, seen, deck, old, options)
-        output.show(_report(seen, case, other, options), options)
+        reporting.show(_report(seen, case, other, options), options)
     return 0
 
 
@@ -147,7 +148,7 @@ def _report(seen: Seen, case: Case, other: Case, options: argparse.Namespace) ->
     step_s = other.step_s(found)
     columns = [
         Column("what", ""),
-        *(Column(name, name, output.ms) for name in ("traced", "model", "predicted")),
+        *(Column(name, name, reporting.ms) for name in ("traced", "model", "predicted")),
     ]
     exposed_s = max(found.exposed_s + other.correction_s, 0.0)
     rows = [

@@ -1,0 +1,403 @@
+"""Runs that save and go on, on the ranks of this job."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from hpcsync import checkpoint, launch, train
+from hpcsync.checkpoint import folder as folders
+from hpcsync.checkpoint.saver import About, Outcome, Saver, Taken
+from hpcsync.checkpoint.writer import Part, PartWriter
+from hpcsync.config import CheckpointConfig, TopologyConfig
+from hpcsync.errors import CheckpointError, UserError
+
+pytestmark = pytest.mark.mpi
+
+SIZE = MPI.COMM_WORLD.size
+TINY = (
+    "train.steps=8",
+    "train.warmup=2",
+    "train.global_batch=8",
+    "train.eval_batches=1",
+    "train.eval_every=4",
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=16",
+    "model.dropout=0.1",
+    "data.options={max_mb=0.5}",
+    "checkpoint.every=4",
+    "trace.enabled=false",
+)
+CODED = (
+    *("bf16", "fp8", "int8", "int8_shared", "int4", "onebit", "topk", "threshold", "randomk"),
+    "powersgd",
+)
+# What differs between two runs of the same bits.
+OF_THE_RUN = {"run"}
+
+
+@pytest.fixture
+def folder(comm: MPI.Intracomm, tmp_path: Path) -> Path:
+    """A folder that all ranks share."""
+    shared: Path = comm.bcast(tmp_path)
+    return shared
+
+
+def run(*words: str) -> int:
+    given = {word.partition("=")[0] for word in words}
+    status = train.run([*(word for word in TINY if word.partition("=")[0] not in given), *words])
+    MPI.COMM_WORLD.Barrier()
+    return status
+
+
+def step(run: Path, number: int) -> str:
+    return str(run / "checkpoints" / f"step-{number:08d}")
+
+
+def numbers(run: Path) -> list[tuple[str, ...]]:
+    names = ("step", "loss", "lr", "grad_norm", "loss_scale", "codec", "val_loss")
+    with (run / "metrics.csv").open(newline="") as file:
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
+
+
+def same_bits(one: Path, other: Path, number: int) -> None:
+    """All that two runs would go on from is the same: tensors, plain values, generators."""
+    with checkpoint.open(step(one, number)) as a, checkpoint.open(step(other, number)) as b:
+        assert list(a.manifest.tensors) == list(b.manifest.tensors)
+        for name in a.manifest.tensors:
+            assert torch.equal(a.tensor(name), b.tensor(name)), name
+        assert a.manifest.own == b.manifest.own
+        common = a.manifest.common, b.manifest.common
+        assert {k for k in common[0] if common[0][k] != common[1][k]} <= OF_THE_RUN
+
+
+@pytest.mark.parametrize("codec", CODED)
+def test_a_resumed_run_makes_the_same_bits(folder: Path, comm: MPI.Intracomm, codec: str) -> None:
+    words = [
+        f"compress.codec={codec}",
+        "compress.warmup=2",
+        "compress.min_elements=64",
+        "compress.rounding=stochastic",
+        "compress.rank=2",
+        f"topology.ranks_per_node={max(1, SIZE // 2)}",
+        f"checkpoint.files={'node' if codec in ('int8', 'powersgd') else 'rank'}",
+    ]
+    words += ["compress.momentum=0.5", "compress.ratio=0.1"] if codec == "topk" else []
+    words += ["train.optimizer=onebit_adam", "train.freeze=3"] if codec == "onebit" else []
+    words += ["train.loss_scale=dynamic"] if codec == "int4" else []
+    whole, rest = folder / "whole", folder / "rest"
+    assert run(*words, "--out", str(whole)) == 0
+    assert run(*words, "--out", str(rest), "--resume", step(whole, 4)) == 0
+    if comm.rank == 0:
+        assert numbers(rest) == numbers(whole)[4:]
+        same_bits(whole, rest, 8)
+        held = [name for name in os.listdir(step(whole, 8)) if name.endswith(".h5")]
+        writers = min(2, SIZE) if "checkpoint.files=node" in words else SIZE
+        assert len(held) == writers + 1
+
+
+def test_a_run_goes_on_in_its_folder(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What came after the checkpoint is done again, and its rows are there once."""
+    made, whole = folder / "made", folder / "whole"
+    auto = ("--out", str(made), "--resume", "auto")
+    assert run("train.steps=8", "--out", str(whole)) == 0
+    assert run("checkpoint.every=3", "checkpoint.at_end=false", *auto) == 0
+    assert comm.rank or "starts anew" in capfd.readouterr().err
+    if comm.rank == 0:
+        names = sorted(os.listdir(made / "checkpoints"))
+        assert names == ["latest", "step-00000003", "step-00000006"]
+        (made / "checkpoints" / ".step-00000007.tmp").mkdir()
+        with (made / "metrics.csv").open("a") as file:
+            file.write("9,1.2")  # torn off by a kill
+    comm.Barrier()
+    assert run("train.eval_every=2", *auto) == 0
+    if comm.rank == 0:
+        told = capfd.readouterr().err
+        assert "train.eval_every = 2 (was 4)" in told
+        assert f"goes on after step 6, from {step(made, 6)}" in told
+        assert [row[:4] for row in numbers(made)] == [row[:4] for row in numbers(whole)]
+        same_bits(whole, made, 8)
+        assert not (made / "checkpoints" / ".step-00000007.tmp").exists()
+        assert (made / "config-1.toml").exists()
+        summary = json.loads((made / "summary.json").read_text())
+        first = json.loads((whole / "summary.json").read_text())
+        assert (summary["first_step"], summary["steps"], summary["status"]) == (6, 8, "done")
+        for name in ("loss_first", "val_loss_first", "loss_last", "val_loss"):
+            assert summary[name] == first[name]
+        events = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+        assert [e["first_step"] for e in events if e["event"] == "started"] == [0, 6]
+
+
+def test_nothing_is_left_to_do(folder: Path, comm: MPI.Intracomm) -> None:
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+    before = numbers(made) if comm.rank == 0 else []
+    assert run("--resume", str(made)) == 0
+    if comm.rank == 0:
+        assert numbers(made) == before
+        assert sorted(os.listdir(made / "checkpoints")) == [
+            "latest",
+            "step-00000004",
+            "step-00000008",
+        ]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+    if comm.rank == 0:
+        with checkpoint.open(step(made, 8)) as found:
+            stored = found.manifest.tensors["model/embedding.weight"].pieces[-1]
+        path = Path(step(made, 8)) / stored.file
+        data = bytearray(path.read_bytes())
+        data[stored.offset + 5] ^= 4
+        path.write_bytes(data)
+    comm.Barrier()
+    assert run("--resume", str(made)) == 0
+    if comm.rank == 0:
+        told = capfd.readouterr().err
+        assert "damaged checkpoint" in told
+        assert f"{stored.file}: dataset model/embedding.weight" in told.replace("'", "")
+        assert "set aside as step-00000008.damaged" in told
+        names = sorted(os.listdir(made / "checkpoints"))
+        assert names == ["latest", "step-00000004", "step-00000008", "step-00000008.damaged"]
+        for number in (4, 8):
+            os.unlink(Path(step(made, number)) / "index.h5")
+    comm.Barrier()
+    with pytest.raises(UserError, match=r"no checkpoint is whole: .*index\.h5"):
+        run("--resume", str(made), "train.steps=12")
+
+
+def test_changed_decks(folder: Path, comm: MPI.Intracomm) -> None:
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+    with pytest.raises(CheckpointError, match=r"train\.lr = 0\.5 .*--allow-change train\.lr,tr"):
+        run("--resume", str(made), "train.lr=0.5", "train.beta1=0.5", "train.steps=9")
+    with pytest.raises(CheckpointError, match=r"model\.width = 64"):
+        run("--resume", str(made), "model.width=64", "train.steps=9")
+    words = ("model.width=64", "train.steps=9", "--allow-change", "model.width")
+    with pytest.raises(CheckpointError, match=r"embedding\.weight has shape"):
+        run("--resume", str(made), *words)
+    words = ("train.lr=0.5", "train.beta1=0.5", "train.global_batch=16", "train.steps=9")
+    names = "train.lr,train.beta1,train.global_batch"
+    assert run("--resume", str(made), *words, "--allow-change", names) == 0
+    if comm.rank == 0:
+        assert len(numbers(made)) == 9
+        with checkpoint.open(step(made, 9)) as found:
+            assert found.manifest.tokens == (8 * 8 + 16) * 16
+
+
+def test_other_nodes_take_over_what_codecs_held_back(folder: Path, comm: MPI.Intracomm) -> None:
+    if SIZE < 4:
+        pytest.skip("needs 4 ranks for two placements that both code")
+    words = ("compress.codec=int8", "compress.warmup=1", "compress.min_elements=64")
+    made = folder / "made"
+    assert run(*words, "topology.ranks_per_node=2", "--out", str(made)) == 0
+    rest = folder / "rest"
+    other = ("topology.ranks_per_node=1", "--out", str(rest))
+    assert run(*words, *other, "--resume", step(made, 4)) == 0
+    if comm.rank == 0:
+        losses = [[float(row[1]) for row in numbers(each)] for each in (made, rest)]
+        assert losses[1] == pytest.approx(losses[0][4:], rel=2e-3)
+
+
+class Job:
+    """A saver of a small state, without a run around it."""
+
+    def __init__(self, folder: Path, runtime: launch.Runtime, **keys: Any) -> None:
+        self.outcomes: list[Outcome] = []
+        self.runtime = runtime
+        self.weights = torch.zeros(1000, 7)
+        self.saver = Saver(
+            runtime,
+            CheckpointConfig(**{"every": 1, **keys}),
+            folder,
+            lambda: Taken({"w": self.weights, "tokens": 3}, {"r": torch.arange(5)}),
+            About(run_id="x", config="", versions={}),
+            told=self.outcomes.append,
+        )
+
+    def step(self, number: int) -> None:
+        self.weights.fill_(float(number))
+        saver = self.saver
+        saver.hear(self.runtime.allreduce_scalar(saver.offer(number)))
+        saver.boundary(number)
+
+
+@pytest.fixture
+def make(folder: Path) -> Any:
+    with launch.start(TopologyConfig(), timeout_s=30.0) as runtime:
+        made: list[Job] = []
+
+        def build(**keys: Any) -> Job:
+            made.append(Job(folder, runtime, **keys))
+            return made[-1]
+
+        yield build
+        for job in made:
+            job.saver.close()
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder / "checkpoints"))
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_snapshots_are_of_their_step(
+    folder: Path, make: Callable[..., Job], asynchronous: bool
+) -> None:
+    job = make(async_=asynchronous, keep=3, keep_every=2)
+    for number in range(1, 9):
+        job.step(number)
+        job.saver.drain()
+    assert [each.step for each in job.outcomes] == list(range(1, 9))
+    assert not job.saver.failed
+    if job.runtime.rank == 0:
+        steps = [2, 4, 6, 7, 8]
+        assert kept(folder) == ["latest", *(f"step-{each:08d}" for each in steps)]
+        assert (folder / "checkpoints" / "latest").read_text() == "step-00000008\n"
+        for number in steps:
+            with checkpoint.open(folder / "checkpoints" / f"step-{number:08d}") as found:
+                assert found.verify() == []
+                assert bool((found.common()["w"] == number).all())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_costs_that_checkpoint_alone(
+    folder: Path,
+    make: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    code: int,
+) -> None:
+    job = make()
+    job.step(1)
+    job.saver.drain()
+    before = PartWriter.write
+
+    def fails(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if job.runtime.rank == SIZE - 1:
+        monkeypatch.setattr(PartWriter, "write", fails)
+    job.step(2)
+    job.saver.drain()
+    assert job.saver.failed
+    assert os.strerror(code) in job.outcomes[-1].problem
+    if job.runtime.rank == 0:
+        told = capfd.readouterr().err
+        assert "the checkpoint of step 2 was NOT saved" in told
+        assert "the last one is step 1" in told
+    monkeypatch.setattr(PartWriter, "write", before)
+    job.step(3)
+    job.saver.drain()
+    assert not job.saver.failed
+    assert [bool(each.problem) for each in job.outcomes] == [False, True, False]
+    if job.runtime.rank == 0:
+        assert kept(folder) == ["latest", "step-00000001", "step-00000003"]
+
+
+def test_the_last_rename_may_fail(
+    folder: Path, make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make()
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, "planted")
+
+    monkeypatch.setattr(folders, "publish", fails)
+    job.step(1)
+    job.saver.drain()
+    assert "planted" in job.outcomes[-1].problem
+
+
+def test_a_slow_disk_holds_up_nobody(
+    folder: Path,
+    make: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Writing goes on only after step 6: two checkpoints are taken before, the next after."""
+    job, gate, before = make(keep=9), threading.Event(), PartWriter.write
+
+    def waits(*arguments: Any) -> Part:
+        assert gate.wait(60)
+        return before(*arguments)
+
+    monkeypatch.setattr(PartWriter, "write", waits)
+    for number in range(1, 7):
+        job.step(number)
+    assert not job.outcomes
+    gate.set()
+    job.saver.drain()
+    job.step(7)
+    job.saver.drain()
+    assert [each.step for each in job.outcomes] == [1, 2, 7]
+    if job.runtime.rank == 0:
+        assert capfd.readouterr().err.count("will be taken later") == 1
+        for number in (1, 2, 7):
+            with checkpoint.open(folder / "checkpoints" / f"step-{number:08d}") as found:
+                assert bool((found.common()["w"] == number).all())
+
+
+def test_the_folder_of_checkpoints_may_vanish(folder: Path, make: Callable[..., Job]) -> None:
+    job = make()
+    for number in (1, 2):
+        job.step(number)
+        job.saver.drain()
+        MPI.COMM_WORLD.Barrier()
+        if job.runtime.rank == 0:
+            (folder / "checkpoints").rename(folder / f"away-{number}")
+        MPI.COMM_WORLD.Barrier()
+    assert not any(each.problem for each in job.outcomes)
+
+
+def test_who_asks_gets_one(folder: Path, make: Callable[..., Job]) -> None:
+    job = make(every=0)
+    job.step(1)
+    job.saver.drain()
+    assert not job.outcomes
+    if job.runtime.rank == SIZE - 1:
+        job.saver.ask()  # as SIGUSR1 does
+    job.step(2)
+    job.saver.drain()
+    if job.runtime.rank == 0:
+        (folder / "save-now").touch()
+        job.saver._triggers._looked_s = 0.0
+    job.step(3)
+    job.saver.drain()
+    if job.runtime.rank == 0:
+        assert not (folder / "save-now").exists()
+        (folder / "stop-after-save").touch()
+        job.saver._triggers._looked_s = 0.0
+    assert not job.saver.stop
+    job.step(4)
+    assert job.saver.stop
+    job.saver.finish(4, save=False)
+    assert [each.step for each in job.outcomes] == [2, 3, 4]
+    assert job.runtime.rank or not (folder / "stop-after-save").exists()
+
+
+def test_a_state_that_cannot_be_stored_is_told(folder: Path, make: Callable[..., Job]) -> None:
+    job = make(files="node")
+    job.weights = torch.eye(3).to_sparse()  # type: ignore[assignment]
+    job.saver.require()
+    job.saver.boundary(1)
+    job.saver.drain()
+    assert "sparse" in job.outcomes[-1].problem
