@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tools import benchmark  # noqa: E402
-from tools.benchmark import median  # noqa: E402
+from tools.benchmark import BenchmarkError, median  # noqa: E402
 from tools.contenders import Contender, Plain, Workload  # noqa: E402
 
 NAMES = ("none", "serial", "silent", "ring", "traced")
@@ -55,6 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("deck", nargs="*", metavar="[DECK] KEY=VALUE", help="as for hpcsync.train")
+    add("--only", default=",".join(NAMES), help="contenders, silent among them (%(default)s)")
     add("--rounds", type=int, default=15)
     add("--block", type=int, default=6, help="steps of one contender in a round (%(default)s)")
     add("--warm-up", type=int, default=3, help="steps before (%(default)s)")
@@ -228,12 +229,21 @@ def contender(workload: Workload, name: str) -> Traced:
     )
 
 
+def chosen(options: argparse.Namespace) -> list[str]:
+    """Names of the contenders. Raises BenchmarkError."""
+    names = list(dict.fromkeys(name.strip() for name in options.only.split(",")))
+    for name in names:
+        if name not in NAMES:
+            raise BenchmarkError(f"--only: no contender {name!r}; there are {', '.join(NAMES)}")
+    return list(dict.fromkeys([*names, "silent", "traced"]))
+
+
 class Bench:
     """All contenders, in turns."""
 
     def __init__(self, workload: Workload, options: argparse.Namespace, folder: Path) -> None:
         self.workload, self.options, self.folder = workload, options, folder
-        self.contenders = {name: contender(workload, name) for name in NAMES}
+        self.contenders = {name: contender(workload, name) for name in chosen(options)}
         self.tracing = Tracing(workload, self.contenders["traced"], folder)
 
     def run(self) -> None:
@@ -267,7 +277,10 @@ class Bench:
         return rows
 
     def truths(self) -> list[dict[str, Any]]:
-        """Rows of the second table: by the trace, and by steps with and without communication."""
+        """Rows of the second table: by the trace, and by steps with and without communication;
+        none if those were not run."""
+        if not {"none", "serial"} <= self.contenders.keys():
+            return []
         from hpcsync import trace
         from hpcsync.trace.analysis.summary import summarise
 
@@ -357,7 +370,9 @@ def tell(options: argparse.Namespace, head: dict[str, str], bench: Bench) -> Non
         ]
         for row in truths
     ]
-    print("", *benchmark.table(COSTS, first), "", *benchmark.table(TRUTHS, second), sep="\n")
+    print("", *benchmark.table(COSTS, first), sep="\n")
+    if second:
+        print("", *benchmark.table(TRUTHS, second), sep="\n")
     if options.json:
         options.json.write_text(benchmark.as_json(head | {"costs": costs, "truths": truths}))
     if options.report:
@@ -366,13 +381,16 @@ def tell(options: argparse.Namespace, head: dict[str, str], bench: Bench) -> Non
             "interleaved; x: over silent, which records nothing, in the same round.",
             "",
             *benchmark.markdown(COSTS, first),
-            "",
-            "exposed: share of a step, by the trace and by (traced - none) / traced. overlap: "
-            "hidden share of communication, by the trace and by 1 - (traced - none) / (serial - "
-            "none); serial exchanges after the backward pass.",
-            "",
-            *benchmark.markdown(TRUTHS, second),
         ]
+        if second:
+            body += [
+                "",
+                "exposed: share of a step, by the trace and by (traced - none) / traced. overlap: "
+                "hidden share of communication, by the trace and by 1 - (traced - none) / (serial "
+                "- none); serial exchanges after the backward pass.",
+                "",
+                *benchmark.markdown(TRUTHS, second),
+            ]
         path = benchmark.write_report(options.report, "Tracing", head, body)
         print(f"\n# report: {path.relative_to(ROOT)}")
 
