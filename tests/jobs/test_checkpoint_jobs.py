@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -64,6 +65,16 @@ def curve(folder: Path) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in names) for row in rows(folder)]
 
 
+def same_bits(one: Path, other: Path) -> None:
+    """Both ended with the same weights, optimizer, error stores and generators."""
+    name = "checkpoints/step-00000040"
+    with checkpoint.open(one / name) as a, checkpoint.open(other / name) as b:
+        assert list(a.manifest.tensors) == list(b.manifest.tensors)
+        for tensor in a.manifest.tensors:
+            assert torch.equal(a.tensor(tensor), b.tensor(tensor)), tensor
+        assert a.manifest.own == b.manifest.own
+
+
 def wait_for(ready: Callable[[], bool], job: launcher.Job) -> None:
     until = time.monotonic() + 60
     while not ready():
@@ -104,13 +115,32 @@ def test_killed_at_a_random_instant_and_resumed(
             (launcher.SHM / name).unlink(missing_ok=True)
     run(ranks, killed, *more, "--resume", "auto")
     assert curve(killed) == curve(whole)
-    name = "checkpoints/step-00000040"
-    with checkpoint.open(whole / name) as a, checkpoint.open(killed / name) as b:
-        assert list(a.manifest.tensors) == list(b.manifest.tensors)
-        for tensor in a.manifest.tensors:
-            assert torch.equal(a.tensor(tensor), b.tensor(tensor)), tensor
-        assert a.manifest.own == b.manifest.own
+    same_bits(whole, killed)
     assert not [path for path in (killed / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_with_a_log_no_step_is_lost_but_that_under_way(tmp_path: Path) -> None:
+    more = (
+        *("compress.codec=topk", "compress.ratio=0.1", "compress.warmup=3"),
+        *("compress.min_elements=64", "topology.ranks_per_node=1"),
+        *("checkpoint.every=25", "checkpoint.replay_log=true"),
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(2, whole, *more)
+    least = random.randrange(5, 35)
+    print("killed after", least)
+    job = start(2, killed, *more)
+    wait_for(lambda: steps_done(killed) >= least, job)
+    job.kill()
+    for name in job.wait(30, grace=0).segments_left:
+        (launcher.SHM / name).unlink(missing_ok=True)
+    done = steps_done(killed)
+    run(2, killed, *more, "--resume", "auto")
+    events = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]
+    first = [each["first_step"] for each in events if each["event"] == "started"][1]
+    assert first >= done
+    assert [row[:4] for row in curve(killed)] == [row[:4] for row in curve(whole)]
+    same_bits(whole, killed)
 
 
 OTHERS = (
