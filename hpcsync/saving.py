@@ -25,7 +25,7 @@ from .launch import Runtime
 from .observers import CheckpointRecord, Observers
 from .resuming import TakenUp
 
-REPLAY = "replay"  # folder of a run's replay log
+REPLAY = "replay"  # folder of the replay log, among the checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ class Saving:
 
 
 def _log(runtime: Runtime, config: Config, parts: Parts, folder: Path, lineage: str) -> ReplayLog:
-    reducer = parts.parallel.reducer
-    return ReplayLog(folder / REPLAY, parts.engine, reducer, runtime, config.comm, lineage)
+    reducer, place = parts.parallel.reducer, folder / folders.FOLDER / REPLAY
+    return ReplayLog(place, parts.engine, reducer, runtime, config.comm, lineage)
 
 
 def _replay(

@@ -71,3 +71,21 @@ def test_nothing_is_left_of_a_quiet_run() -> None:
     with StopSignals(lambda name: None, lambda status: None):
         pass
     assert threading.active_count() == threads
+
+
+def test_sigusr1_asks_to_save_and_stops_nothing() -> None:
+    asked: list[int] = []
+    with StopSignals(lambda name: None, lambda status: None) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.asks_to_save(lambda: asked.append(1))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received == 0
+    assert asked == [1, 1], "what came before there was anybody to ask is remembered"
+
+
+def test_more_time_may_be_had_once_the_boundary_is_reached() -> None:
+    gave_up = threading.Event()
+    with StopSignals(lambda name: None, lambda status: gave_up.set(), grace_s=0.5) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.allow(60.0)
+        assert not gave_up.wait(1.5)
