@@ -116,8 +116,8 @@ class Soak:
         if "done" not in text and last_step(run) != self.options.steps:
             self.problems.append(f"{shape}: ended with: {text.strip()[-300:]}")
             return
-        self._compare(shape, run, state, losses)
-        shutil.rmtree(run, ignore_errors=True)
+        if self._compare(shape, run, state, losses):
+            shutil.rmtree(run, ignore_errors=True)
 
     def _alone(self, shape: Shape) -> tuple[dict[str, Any], list[str], float]:
         run = self.folder / f"alone-{uuid.uuid4().hex[:8]}"
@@ -194,17 +194,18 @@ class Soak:
             if problems:
                 self.problems.append(f"{shape}: {each.name}: {problems[0]}")
 
-    def _compare(self, shape: Shape, run: Path, state: dict[str, Any], losses: list[str]) -> None:
+    def _compare(self, shape: Shape, run: Path, state: dict[str, Any], losses: list[str]) -> bool:
+        """Whether the run came to what the one left alone came to."""
         found = values_of(run)
         different = sorted(
             name for name in state.keys() | found.keys() if state.get(name) != found.get(name)
         )
-        if different:
-            self.found["differences"] += len(different)
-            self.problems.append(f"{shape}: differ: {', '.join(different[:8])}")
         if losses_of(run) != losses:
-            self.found["differences"] += 1
-            self.problems.append(f"{shape}: the losses differ")
+            different.append("the losses")
+        self.found["differences"] += len(different)
+        if different:
+            self.problems.append(f"{shape}: {run}: differ: {', '.join(different[:8])}")
+        return not different
 
 
 def stamp(run: Path) -> int:
@@ -247,7 +248,11 @@ def values_of(run: Path) -> dict[str, Any]:
             name: found.tensor(name).contiguous().flatten().view(dtype=uint8()).numpy().tobytes()
             for name in manifest.tensors
         }
-        values["common"] = json.dumps(manifest.common, sort_keys=True)
+        values |= {
+            name: json.dumps(each)
+            for name, each in manifest.common.items()
+            if name != "run"  # names the run
+        }
         values["own"] = json.dumps(manifest.own, sort_keys=True)
     return values
 
@@ -299,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             soak.chain(mine[turn % len(mine)], own)
             turn += 1
             told = ", ".join(f"{name}: {count}" for name, count in sorted(soak.found.items()))
-            print(f"# {time.monotonic() - began:.0f} s: {told}", flush=True)
+            print(f"# {time.monotonic() - began:.0f} s: {told}", *soak.problems[-1:], flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(work, range(options.jobs)))
