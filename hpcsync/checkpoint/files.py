@@ -71,9 +71,13 @@ class Files:
         owns: Sequence[tuple[TensorMeta, ...]],
         mine: tuple[TensorMeta, ...],
     ) -> Share:
-        rank = self._runtime.rank
-        every = share(common, self._runtime.size, self._first_only)
-        ranks = (rank,) if self._node is None else self._runtime.topology.node(rank)
+        rank, topology = self._runtime.rank, self._runtime.topology
+        # Node after node, so that what the ranks of one write adjoins, however ranks are placed;
+        # the first is rank 0.
+        order = [each for node in topology.nodes for each in node]
+        shares = share(common, self._runtime.size, self._first_only)
+        every = dict(zip(order, shares, strict=True))
+        ranks = (rank,) if self._node is None else topology.node(rank)
         beside = [piece for each in ranks for piece in every[each]]
         held = [meta for metas in owns for meta in metas if meta.nbytes]
         found = datasets([*common, *held], [*beside, *map(whole, held)])

@@ -147,7 +147,7 @@ def datasets(metas: Sequence[TensorMeta], pieces: Iterable[Piece]) -> tuple[Data
             writers that do in ``share``.
 
     Raises:
-        CheckpointError: two tensors have the same name.
+        CheckpointError: two tensors have the same name, or pieces do not adjoin.
     """
     of = {meta.name: meta for meta in metas}
     if len(of) < len(metas):
@@ -157,7 +157,11 @@ def datasets(metas: Sequence[TensorMeta], pieces: Iterable[Piece]) -> tuple[Data
         start, stop = piece.start, piece.start + piece.rows
         low, high, rows = spans.get(piece.name, (start, stop, 0))
         spans[piece.name] = min(low, start), max(high, stop), rows + piece.rows
-    assert all(rows == high - low for low, high, rows in spans.values()), "rows are missing"
+    for name, (low, high, rows) in spans.items():
+        if rows != high - low:
+            raise CheckpointError(
+                f"checkpoint: {name}: rows are missing between the pieces of one file"
+            )
     return tuple(Dataset(of[name], low, rows) for name, (low, _, rows) in spans.items())
 
 
