@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -119,8 +120,10 @@ def publish(
         parts: of all writers, each written durably.
 
     Raises:
+        CheckpointError: a part is not there.
         OSError: as the disk says; ``fresh`` is then for the caller to remove.
     """
+    _check_present(fresh, parts)
     tensors = _tensors(metas, parts)
     data = templates.index(tuple((meta, _sources(meta, tensors[meta.name])) for meta in metas))
     written = [StoredFile(part.file, part.size, part.rest) for part in parts if part.rest]
@@ -133,6 +136,21 @@ def publish(
     write_file(fresh / folders.MANIFEST, text)
     folders.publish(fresh, final)
     return manifest
+
+
+def _check_present(fresh: Path, parts: Sequence[Part]) -> None:
+    """Other writers may have written to disks of their own, or the folder was removed since."""
+    for name, size in {part.file: part.size for part in parts}.items():
+        try:
+            found = os.stat(fresh / name, follow_symlinks=False)
+            whole = stat.S_ISREG(found.st_mode) and found.st_size == size
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            raise CheckpointError(
+                f"{fresh / name}: is not there as its rank wrote it: the run's folder must be on a "
+                "file system that all nodes share"
+            )
 
 
 def write_file(path: Path, data: bytes) -> None:

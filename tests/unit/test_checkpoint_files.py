@@ -283,6 +283,32 @@ def test_an_unpublished_checkpoint_is_never_found(
     assert calls > 10
 
 
+@pytest.mark.parametrize("fault", ["absent", "short", "link", "folder"])
+def test_without_all_parts_nothing_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """As where each node has a disk of its own under the same name."""
+    check = writer._check_present
+
+    def loses(fresh: Path, parts: Any) -> None:
+        path = fresh / "rank-00001.h5"
+        if fault == "absent":
+            path.unlink()
+        elif fault == "short":
+            os.truncate(path, path.stat().st_size - 1)
+        elif fault == "link":
+            path.rename(fresh / "other")
+            path.symlink_to("other")
+        else:
+            shutil.rmtree(fresh)
+        check(fresh, parts)
+
+    monkeypatch.setattr(writer, "_check_present", loses)
+    with pytest.raises(CheckpointError, match=r"h5: is not there .* that all nodes share"):
+        make(tmp_path, 100, *example())
+    assert folder.steps(tmp_path) == []
+
+
 class _Killed(BaseException):
     pass
 
