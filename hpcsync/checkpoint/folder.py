@@ -3,6 +3,7 @@
 step-00000100/           a checkpoint, whole since it has this name
 latest                   text: the name of the newest
 .step-00000200.tmp/      being written, or left by a run that was killed: never read
+.step-00000100.old.tmp/  a whole one, while another of its step takes its name
 step-00000100.damaged/   set aside by a run that could not read it
 """
 
@@ -23,7 +24,8 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 INDEX = "index.h5"
 _STEP = re.compile(r"step-(\d{8,18})")
-_ASIDE = re.compile(r"\.(step-\d{8,18}(-\d+)?|latest)\.tmp")
+_OLD = ".old.tmp"
+_ASIDE = re.compile(r"\.(step-\d{8,18}(-\d+|\.old)?|latest)\.tmp")
 
 
 def step_name(step: int) -> str:
@@ -109,18 +111,27 @@ def remove(folder: Path) -> None:
 
 
 def clean(checkpoints: Path) -> list[str]:
-    """Remove what killed runs left half-written; the names. Only where no other run writes."""
+    """Remove what killed runs left half-written; the names. Only where no other run writes.
+
+    A checkpoint that was about to be replaced gets its name back if no other has it.
+    """
     try:
         found = [name for name in os.listdir(checkpoints) if _ASIDE.fullmatch(name)]
     except FileNotFoundError:
         return []
+    removed = []
     for name in found:
         path = checkpoints / name
+        final = checkpoints / name.removeprefix(".").removesuffix(_OLD)
+        if name.endswith(_OLD) and not os.path.lexists(final):
+            os.rename(path, final)
+            continue
+        removed.append(name)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return sorted(found)
+    return sorted(removed)
 
 
 def set_aside(folder: Path) -> Path:
@@ -138,12 +149,23 @@ def set_aside(folder: Path) -> Path:
 def publish(fresh: Path, final: Path) -> None:
     """Give a written folder its name, durably; a checkpoint that had it goes."""
     sync_folder(fresh)
-    old = _out_of_the_way(final) if os.path.lexists(final) else None
-    os.rename(fresh, final)
+    old = final.with_name(f".{final.name}{_OLD}")
+    replaces = os.path.lexists(final)
+    if replaces:
+        if os.path.lexists(old):
+            shutil.rmtree(_out_of_the_way(old, final.name))
+        os.rename(final, old)
+    try:
+        os.rename(fresh, final)
+    except OSError:
+        if replaces:
+            os.rename(old, final)
+        raise
     sync_folder(final.parent)
-    if old is not None:
+    sync_folder(final.parent.parent)  # any rank may just have made the folder of checkpoints
+    if os.path.lexists(old):
         with contextlib.suppress(OSError):  # the next run's ``clean`` removes it
-            shutil.rmtree(old)
+            shutil.rmtree(_out_of_the_way(old, final.name))
 
 
 def sync_folder(folder: Path) -> None:
@@ -155,9 +177,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _out_of_the_way(folder: Path) -> Path:
+def _out_of_the_way(folder: Path, name: str = "") -> Path:
+    """Rename it to what ``clean`` removes: what goes in part must never come back."""
     for number in itertools.count(1):
-        target = folder.with_name(f".{folder.name}-{number}.tmp")
+        target = folder.with_name(f".{name or folder.name}-{number}.tmp")
         if not os.path.lexists(target):
             os.rename(folder, target)
             return target

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,74 @@ def test_publish_replaces_one_of_the_same_step(tmp_path: Path) -> None:
         folder.publish(fresh, final)
         assert (final / "file").read_text() == text
     assert list(tmp_path.iterdir()) == [final]
+
+
+def test_the_entry_of_the_folder_of_checkpoints_is_made_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = tmp_path / folder.FOLDER
+    fresh, final = folder.aside(checkpoints, 100), checkpoints / folder.step_name(100)
+    fresh.mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr(folder, "sync_folder", synced.append)
+    folder.publish(fresh, final)
+    assert synced == [fresh, checkpoints, tmp_path]
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("last", range(1, 6))
+def test_one_that_is_replaced_is_lost_at_no_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """Killed before any call: the next run has the old one or the new one, whole."""
+    checkpoints = tmp_path / folder.FOLDER
+    fresh, final = folder.aside(checkpoints, 100), checkpoints / folder.step_name(100)
+    for path in (fresh, final):
+        path.mkdir(parents=True)
+        (path / "file").write_text("new" if path == fresh else "old")
+    rename, left = os.rename, last
+
+    def counted(call: Callable[..., None]) -> Callable[..., None]:
+        def inner(*arguments: object) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise _Killed
+            call(*arguments)
+
+        return inner
+
+    def tears(path: Path) -> None:
+        (path / "file").write_text("torn")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", counted(rename))
+        patch.setattr(folder.shutil, "rmtree", counted(tears))
+        with contextlib.suppress(_Killed):
+            folder.publish(fresh, final)
+    folder.clean(checkpoints)
+    assert list(checkpoints.iterdir()) == [final]
+    assert (final / "file").read_text() == ("old" if last <= 2 else "new")
+
+
+def test_one_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / folder.step_name(100)
+    final.mkdir()
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if source == tmp_path / "fresh":
+            raise OSError(5, "planted")
+        rename(source, target)
+
+    (tmp_path / "fresh").mkdir()
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="planted"):
+        folder.publish(tmp_path / "fresh", final)
+    assert final.exists()
 
 
 def test_remove_takes_a_half_written_one(tmp_path: Path) -> None:
