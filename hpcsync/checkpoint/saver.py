@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..config import CheckpointConfig
+from ..errors import CollectiveTimeout
 from ..intervals import parse
 from ..runtime import Runtime
 from ..trace.recorder import CHECKPOINT, Recorder, now
@@ -156,7 +157,7 @@ class Saver:
         self._publishing: deque[_Save] = deque()
         self._heard = [0.0] * self.NUMBERS
         self._due = self._stop = self._crowded = False
-        self._last_step, self._good_step = saved_step, saved_step
+        self._last_step, self._good_step, self._ended_step = saved_step, saved_step, -1
         self.asked = False
         self.log: StepLog | None = None
         self.failed = False
@@ -265,7 +266,12 @@ class Saver:
         except Exception as error:
             save.problem = _line(error)
         # Collective where ranks share a file, so that no rank may leave it out.
-        share = self._files.share(save.common, save.own)
+        try:
+            share = self._files.share(save.common, save.own)
+        except CollectiveTimeout:
+            raise
+        except Exception as error:
+            save.problem = save.problem or _line(error)
         if share is not None and not save.problem:
             try:
                 tensors = save.common.tensors | save.own.tensors  # type: ignore[union-attr]
@@ -280,7 +286,7 @@ class Saver:
         else:
             self._worker.submit(lambda: self._write(save, share, filled))
         if self._runtime.rank == 0:
-            self._triggers.taken()
+            self._triggers.taken(step)
         if self.log is not None:
             self.log.start(step)
         save.stall_s = (now() - start) / 1e9
@@ -294,7 +300,8 @@ class Saver:
             save.written = self._files.writer.write(aside, share.datasets, filled)
         except Exception as error:
             save.problem = _line(error, aside)
-        save.done = True
+        finally:
+            save.done = True
 
     def _advance(self) -> None:
         """Go on with the oldest ones, as far as all ranks agreed."""
@@ -355,15 +362,20 @@ class Saver:
             save.problem = _line(error, aside)
         else:
             self._tidy(save.step)
-        save.done = True
+        finally:
+            save.done = True
 
     def _tidy(self, step: int) -> None:
-        """What may fail without harm to the checkpoint."""
-        try:
-            folders.set_latest(self._checkpoints, step)
-            folders.prune(self._checkpoints, self._config.keep, self._config.keep_every)
-        except OSError as error:
-            self._say(f"warning: {self._checkpoints}: {_line(error)}")
+        """What may fail without harm to the checkpoint, each without harm to the other."""
+        place, config = self._checkpoints, self._config
+        for tidy in (
+            lambda: folders.set_latest(place, step),
+            lambda: folders.prune(place, config.keep, config.keep_every),
+        ):
+            try:
+                tidy()
+            except Exception as error:
+                self._say(f"warning: {place}: {_line(error)}")
 
     def _end(self, save: _Save, failed: bool) -> None:
         """A checkpoint is whole, or has failed somewhere."""
@@ -375,14 +387,15 @@ class Saver:
             stall_s=save.stall_s,
             durable_s=time.monotonic() - save.taken_s,
         )
-        self.failed = failed
+        if save.step >= self._ended_step:  # one that cannot be written may overtake the one before
+            self._ended_step, self.failed = save.step, failed
         if failed:
             self.failures += 1
-            self._triggers.failed()
+            self._triggers.failed(save.step)
             self._stop = False
         else:
-            self._good_step, self._crowded = save.step, False
-            self._triggers.saved(outcome.stall_s, outcome.durable_s)
+            self._good_step, self._crowded = max(self._good_step, save.step), False
+            self._triggers.saved(save.step, outcome.stall_s, outcome.durable_s)
             if self.log is not None:
                 self.log.published(save.step)
         self._told(outcome)
@@ -399,7 +412,7 @@ class Saver:
             f"WARNING: the checkpoint of step {save.step} was NOT saved: {where}{problem}; "
             f"training goes on, {last}"
         )
-        if self._runtime.rank == 0:
+        if self._runtime.local_rank == 0:  # the folder may be on a disk of the node
             aside = folders.aside(self._checkpoints, save.step)
             self._worker.submit(lambda: shutil.rmtree(aside, ignore_errors=True), first=True)
         return where + problem

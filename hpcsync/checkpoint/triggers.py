@@ -8,6 +8,7 @@ at most once a second, and removed when they have been obeyed.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 from collections import deque
@@ -42,7 +43,7 @@ class Triggers:
         self._busy: deque[float] = deque(maxlen=_WINDOW)
         self._wait_s: float | None = None
         self._asked: set[str] = set()  # by files, not obeyed yet
-        self._obeying: set[str] = set()
+        self._obeying: dict[int, set[str]] = {}  # by the step of the checkpoint under way
 
     @property
     def stop(self) -> bool:
@@ -61,15 +62,14 @@ class Triggers:
         self._look(now)
         return bool(self._asked) or self._by_interval(step, now)
 
-    def taken(self) -> None:
-        """A snapshot was taken."""
+    def taken(self, step: int) -> None:
+        """A snapshot of this step was taken."""
         self._taken_s = self._asked_s = time.monotonic()
         self._busy.clear()
-        self._obeying |= self._asked
-        self._asked = set()
+        self._obeying[step], self._asked = self._asked, set()
 
-    def saved(self, stall_s: float, durable_s: float) -> None:
-        """It is whole on disk.
+    def saved(self, step: int, stall_s: float, durable_s: float) -> None:
+        """That of this step is whole on disk.
 
         Args:
             stall_s: for which training stood still.
@@ -81,22 +81,22 @@ class Triggers:
         cost_s = stall_s + slower * len(self._busy)
         # Writing all the time would slow every step down.
         self._wait_s = max(best(cost_s, self._mtbf_s), 2 * durable_s)
-        for name in self._obeying:
+        for name in self._obeying.pop(step, ()):
             with contextlib.suppress(OSError):
                 (self._folder / name).unlink()
-        self._obeying = set()
 
-    def failed(self) -> None:
-        """It was not saved: who asked by a file waits for another trial."""
-        self._obeying = set()
+    def failed(self, step: int) -> None:
+        """That of this step was not saved: who asked for it by a file waits for another trial."""
+        self._obeying.pop(step, None)
         self._retry_s = time.monotonic() + _RETRY_S
         self._steps = 0
 
     def _look(self, now: float) -> None:
-        if not self._obeying and now >= max(self._looked_s + _LOOK_S, self._retry_s):
+        if now >= max(self._looked_s + _LOOK_S, self._retry_s):
             self._looked_s = now
-            names = (SAVE_NOW, STOP_AFTER_SAVE)
-            self._asked |= {name for name in names if (self._folder / name).exists()}
+            names = {SAVE_NOW, STOP_AFTER_SAVE}.difference(*self._obeying.values())
+            # Of a sick disk this is false; ``Path.exists`` would raise.
+            self._asked |= {name for name in names if os.path.exists(self._folder / name)}
 
     def _by_interval(self, step: int, now: float) -> bool:
         interval, since = self._interval, now - self._taken_s

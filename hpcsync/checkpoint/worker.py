@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 
 
 class Worker:
-    """Does what it is given, in order; what is given must not raise."""
+    """Does what it is given, in order; what raises is told, and the next is done."""
 
     def __init__(self, name: str) -> None:
         self._jobs: deque[Callable[[], None]] = deque()
@@ -40,4 +42,8 @@ class Worker:
                 if not self._jobs:
                     return
                 job = self._jobs.popleft()
-            job()
+            try:
+                job()
+            except Exception:
+                with contextlib.suppress(Exception):
+                    traceback.print_exc()

@@ -17,10 +17,13 @@ from mpi4py import MPI
 
 from hpcsync import checkpoint, launch, train
 from hpcsync.checkpoint import folder as folders
+from hpcsync.checkpoint.files import Files
 from hpcsync.checkpoint.saver import About, Outcome, Saver, Taken
 from hpcsync.checkpoint.writer import Part, PartWriter
 from hpcsync.config import CheckpointConfig, TopologyConfig
 from hpcsync.errors import CheckpointError, UserError
+from hpcsync.runtime import Runtime
+from hpcsync.topology import Topology
 
 pytestmark = pytest.mark.mpi
 
@@ -325,6 +328,97 @@ def test_the_last_rename_may_fail(
     job.step(1)
     job.saver.drain()
     assert "planted" in job.outcomes[-1].problem
+
+
+def test_what_fails_in_tidying_up_costs_nothing(
+    folder: Path,
+    make: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job = make(keep=1)
+    job.step(1)
+    job.saver.drain()
+
+    def fails(*_: Any) -> None:
+        raise CheckpointError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "set_latest", fails)
+        job.step(2)
+        job.saver.drain()
+    if job.runtime.rank == 0:
+        assert kept(folder) == ["latest", "step-00000002"], "pruned all the same"
+    monkeypatch.setattr(folders, "prune", fails)
+    job.step(3)
+    job.saver.drain()
+    assert [each.problem for each in job.outcomes] == ["", "", ""]
+    if job.runtime.rank == 0:
+        assert folders.latest(folder / "checkpoints") == "step-00000003"
+        assert capfd.readouterr().err.count("planted") == 2
+
+
+@pytest.mark.parametrize("files", ["rank", "node"])
+def test_ranks_may_take_turns_over_the_nodes(folder: Path, files: str) -> None:
+    nodes = Topology.group([f"node{rank % 2}" for rank in range(SIZE)])
+    with Runtime(MPI.COMM_WORLD.Dup(), nodes, 30.0) as runtime:
+        job = Job(folder, runtime, files=files)
+        job.step(1)
+        job.saver.drain()
+        job.saver.close()
+    assert [each.problem for each in job.outcomes] == [""]
+    if MPI.COMM_WORLD.rank == 0:
+        with checkpoint.open(step(folder, 1)) as found:
+            assert found.verify() == []
+            assert bool((found.common()["w"] == 1).all())
+            count = min(2, SIZE) if files == "node" else SIZE
+            assert len(found.manifest.files) == count + 1
+
+
+def test_a_share_that_cannot_be_made_costs_that_checkpoint_alone(
+    folder: Path, make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make(files="node")
+
+    def fails(*_: Any) -> None:
+        raise CheckpointError("planted")
+
+    with monkeypatch.context() as patch:
+        if job.runtime.rank == SIZE - 1:
+            patch.setattr(Files, "_make", fails)
+        job.step(1)
+        job.saver.drain()
+    job.step(2)
+    job.saver.drain()
+    assert ["planted" in each.problem for each in job.outcomes] == [True, False]
+    assert not job.outcomes[1].problem
+
+
+def test_the_newest_checkpoint_tells_whether_the_last_was_saved(
+    folder: Path, make: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that cannot be written ends before the one before it has its name."""
+    job, gate, before = make(), threading.Event(), folders.publish
+
+    def waits(*arguments: Any) -> None:
+        assert gate.wait(60)
+        before(*arguments)
+
+    monkeypatch.setattr(folders, "publish", waits)
+    job.step(1)
+    while not job.saver._publishing:
+        job.saver.hear(job.runtime.allreduce_scalar(job.saver.offer()))
+        job.saver._advance()
+    job.weights = torch.eye(3).to_sparse()  # type: ignore[assignment]
+    job.saver.require()
+    job.saver.boundary(2)
+    while not job.outcomes:
+        job.saver.hear(job.runtime.allreduce_scalar(job.saver.offer()))
+        job.saver._advance()
+    gate.set()
+    job.saver.drain()
+    assert [(each.step, bool(each.problem)) for each in job.outcomes] == [(2, True), (1, False)]
+    assert job.saver.failed
 
 
 def test_a_slow_disk_holds_up_nobody(
