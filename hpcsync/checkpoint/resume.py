@@ -100,8 +100,8 @@ def helds(runtime: Runtime, loaded: Loaded) -> list[Any]:
     try:
         for rank in range(runtime.rank, manifest.ranks, runtime.size):
             skeleton = manifest.own[rank]
-            if isinstance(skeleton, dict) and "exchange" in skeleton:
-                found.append(_tree(loaded.checkpoint, skeleton["exchange"])["held"])
+            if isinstance(skeleton, dict) and "held" in skeleton:
+                found.append(_tree(loaded.checkpoint, skeleton["held"]))
     except CheckpointError as error:
         problem = error
     runtime.agree(problem)

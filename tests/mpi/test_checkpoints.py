@@ -11,16 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
 
-from hpcsync import checkpoint, launch, train
+from hpcsync import assembly, checkpoint, launch, resuming, train
+from hpcsync import config as configs
 from hpcsync.checkpoint import folder as folders
 from hpcsync.checkpoint.saver import About, Outcome, Saver, Taken
 from hpcsync.checkpoint.writer import Part, PartWriter
-from hpcsync.config import CheckpointConfig, TopologyConfig
+from hpcsync.config import CheckpointConfig, Config, TopologyConfig
 from hpcsync.errors import CheckpointError, UserError
+from hpcsync.gradients import memory
+from hpcsync.stopping import StopSignals
 
 pytestmark = pytest.mark.mpi
 
@@ -215,6 +219,39 @@ def test_other_nodes_take_over_what_codecs_held_back(folder: Path, comm: MPI.Int
     if comm.rank == 0:
         losses = [[float(row[1]) for row in numbers(each)] for each in (made, rest)]
         assert losses[1] == pytest.approx(losses[0][4:], rel=2e-3)
+
+
+def tiny(*words: str) -> Config:
+    given = {word.partition("=")[0] for word in words}
+    return configs.load(
+        None, [*(word for word in TINY if word.partition("=")[0] not in given), *words]
+    )
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk"])
+def test_nothing_that_codecs_held_back_is_lost_on_other_nodes(folder: Path, codec: str) -> None:
+    """What is pending of each parameter, in units of the mean, is the same before and after."""
+    if SIZE < 2:
+        pytest.skip("one rank sends nothing")
+    words = [f"compress.codec={codec}", "compress.warmup=1", "compress.min_elements=64"]
+    words += ["compress.where=all", "train.steps=4"]
+    assert run(*words, "topology.ranks_per_node=1", "--out", str(folder / "made")) == 0
+    path = Path(step(folder / "made", 4))
+    config = tiny(*words, "topology.ranks_per_node=2")
+    with launch.start(config.topology, timeout_s=30.0) as runtime:
+        signals = StopSignals(lambda _: None, lambda _: None)
+        parts = assembly.assemble(runtime, config, signals, fresh=False)
+        resuming.take_up(runtime, config, parts, resuming.Plan(candidates=(path,)))
+        reducer = parts.parallel.reducer
+        before, after = (memory.Sums(reducer._described) for _ in range(2))
+        with checkpoint.open(path) as found:
+            before.add(found.own(runtime.rank)["held"])
+        after.add(parts.state().own["held"])
+        errors = [sums.over(runtime)[memory.ERROR] for sums in (before, after)]
+        assert list(errors[0]) == list(errors[1])
+        assert any(values.any() for values in errors[0].values())
+        for name, values in errors[0].items():
+            np.testing.assert_allclose(errors[1][name], values, rtol=1e-5, atol=1e-9)
 
 
 class Job:
