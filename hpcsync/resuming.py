@@ -105,7 +105,7 @@ def take_up(runtime: Runtime, config: Config, parts: Parts, plan: Plan) -> Taken
     anew = any(changes.permits(plan.allowed, key) for key in changes.DATA)
     anew = anew or any(key.startswith("data.") for key in plan.allowed)
     if not parts.load(State(loaded.common, own), anew=anew) or loaded.own is None:
-        parts.parallel.reducer.deal(resume.helds(runtime, loaded))
+        parts.parallel.reducer.deal(loaded.held)
     if runtime.rank == 0:
         _pass_over(loaded.damaged, plan)
         _say(f"goes on after step {manifest.step}, from {where}")

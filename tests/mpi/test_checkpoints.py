@@ -19,6 +19,7 @@ from mpi4py import MPI
 from hpcsync import assembly, checkpoint, launch, resuming, train
 from hpcsync import config as configs
 from hpcsync.checkpoint import folder as folders
+from hpcsync.checkpoint import reader
 from hpcsync.checkpoint.saver import About, Outcome, Saver, Taken
 from hpcsync.checkpoint.writer import Part, PartWriter
 from hpcsync.config import CheckpointConfig, Config, TopologyConfig
@@ -186,6 +187,66 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     comm.Barrier()
     with pytest.raises(UserError, match=r"no checkpoint is whole: .*index\.h5"):
         run("--resume", str(made), "train.steps=12")
+
+
+@pytest.mark.parametrize("where", ["index.h5", "the rest of a file", "held back", "generators"])
+@pytest.mark.parametrize("nodes", ["same", "other"])
+def test_a_bit_flipped_anywhere_is_found(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str], where: str, nodes: str
+) -> None:
+    """Whoever needs the bytes, or nobody: of each file all are checked."""
+    if where == "held back" and SIZE < 2:
+        pytest.skip("one rank holds nothing back")
+    made = folder / "made"
+    words = ["compress.codec=int8", "compress.warmup=1", "compress.min_elements=64"]
+    words += ["compress.where=all", "train.eval_every=0", "checkpoint.every=2", "train.steps=4"]
+    assert run(*words, "topology.ranks_per_node=1", "--out", str(made)) == 0
+    if comm.rank == 0:
+        with checkpoint.open(step(made, 4)) as found:
+            last = f"ranks/{SIZE - 1}/"
+            part = {"held back": "held", "generators": "random"}.get(where)
+            if part:
+                name = next(n for n in found.manifest.tensors if n.startswith(last + part))
+                piece = found.manifest.tensors[name].pieces[0]
+                file, at = piece.file, piece.offset
+            else:
+                file = "index.h5" if where == "index.h5" else folders.data_file(SIZE - 1)
+                at = found._rest(file)[-1][0]
+        path = Path(step(made, 4)) / file
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    comm.Barrier()
+    placed = "topology.ranks_per_node=" + ("1" if nodes == "same" else str(SIZE))
+    assert run(*words, placed, "--resume", str(made)) == 0
+    if comm.rank == 0:
+        told = capfd.readouterr().err
+        assert f"damaged checkpoint: {path}" in told
+        assert f"goes on after step 2, from {step(made, 2)}" in told
+        assert Path(step(made, 4) + ".damaged").exists()
+
+
+def test_a_file_that_one_rank_cannot_read_holds_up_nobody(
+    folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be there again later: the checkpoint is not set aside."""
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+
+    def preadv(*_: Any) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def read(*words: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", preadv)
+            whole(*words)
+
+    whole = reader.Checkpoint.read
+    if comm.rank == SIZE - 1:
+        monkeypatch.setattr(reader.Checkpoint, "read", read)
+    with pytest.raises(CheckpointError, match="cannot be read: Stale file handle"):
+        run("--resume", str(made))
+    assert Path(step(made, 8)).exists()
 
 
 def test_changed_decks(folder: Path, comm: MPI.Intracomm) -> None:
