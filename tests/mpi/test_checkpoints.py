@@ -270,6 +270,29 @@ def test_changed_decks(folder: Path, comm: MPI.Intracomm) -> None:
             assert found.manifest.tokens == (8 * 8 + 16) * 16
 
 
+def test_a_damaged_checkpoint_of_another_deck_stops_one_run_alone(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a deck the newest one's is taken, which need not be that of the one before."""
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+    words = ("train.lr=0.5", "train.steps=9", "--allow-change", "train.lr,train.steps")
+    assert run("--resume", str(made), *words) == 0
+    if comm.rank == 0:
+        index = Path(step(made, 9)) / "index.h5"
+        index.write_bytes(bytes(index.stat().st_size))
+    comm.Barrier()
+    with pytest.raises(CheckpointError, match=r"differs .*step-00000008: train.steps = 9 "):
+        train.run(["--resume", str(made)])
+    comm.Barrier()
+    told = capfd.readouterr().err
+    assert comm.rank or "set aside as step-00000009.damaged" in told
+    assert train.run(["--resume", str(made)]) == 0
+    comm.Barrier()
+    told = capfd.readouterr().err
+    assert comm.rank or f"goes on after step 8, from {step(made, 8)}" in told
+
+
 def test_other_nodes_take_over_what_codecs_held_back(folder: Path, comm: MPI.Intracomm) -> None:
     if SIZE < 4:
         pytest.skip("needs 4 ranks for two placements that both code")
