@@ -92,6 +92,9 @@ def take_up(runtime: Runtime, config: Config, parts: Parts, plan: Plan) -> Taken
     manifest, where = loaded.manifest, loaded.checkpoint.folder
     problem: CheckpointError | None = None
     if runtime.rank == 0:
+        # Before the comparison: without a deck that is the newest one's, and the next run, which
+        # does not find it any more, takes the deck of the one before.
+        _pass_over(loaded.damaged, plan)
         try:
             _compare(manifest, config, plan, where, runtime)
         except CheckpointError as error:
@@ -105,9 +108,8 @@ def take_up(runtime: Runtime, config: Config, parts: Parts, plan: Plan) -> Taken
     anew = any(changes.permits(plan.allowed, key) for key in changes.DATA)
     anew = anew or any(key.startswith("data.") for key in plan.allowed)
     if not parts.load(State(loaded.common, own), anew=anew) or loaded.own is None:
-        parts.parallel.reducer.deal(resume.helds(runtime, loaded))
+        parts.parallel.reducer.deal(loaded.held)
     if runtime.rank == 0:
-        _pass_over(loaded.damaged, plan)
         _say(f"goes on after step {manifest.step}, from {where}")
     loaded.checkpoint.close()
     return TakenUp(step=manifest.step, run=loaded.common.get("run", {}), place=plan.folder)

@@ -14,7 +14,7 @@ from ..wording import suggest, toml
 _SECTIONS = ("topology", "comm", "checkpoint", "trace", "metrics", "log")
 _KEYS = (
     *("run.name", "run.dir", "model.init_from", "model.init_strict"),
-    *("train.steps", "train.eval_every", "train.eval_batches", "train.max_skipped"),
+    *("train.eval_every", "train.eval_batches", "train.max_skipped"),
     *("train.accumulate", "train.activation_checkpointing", "train.compile", "train.threads"),
 )
 # They say what the place in the data is a place in.
@@ -36,11 +36,17 @@ class Change(NamedTuple):
 def between(before: Config, now: Config) -> list[Change]:
     """The keys that differ, but for the name and the place of the run."""
     old, new = configs.to_dict(before), configs.to_dict(now)
+    flat = before.train.min_lr == now.train.min_lr == 1  # no rate depends on the last step
+
+    def harmless(name: str) -> bool:
+        return _harmless(name) or (name == "train.steps" and flat)
+
     return [
-        Change(f"{section}.{key}", toml(old[section][key]), toml(value), _harmless(section, key))
+        Change(name, toml(old[section][key]), toml(value), harmless(name))
         for section, body in new.items()
         for key, value in body.items()
-        if old[section][key] != value and (section, key) not in (("run", "name"), ("run", "dir"))
+        for name in (f"{section}.{key}",)
+        if old[section][key] != value and name not in ("run.name", "run.dir")
     ]
 
 
@@ -70,5 +76,5 @@ def permits(allowed: Collection[str], key: str) -> bool:
     return key in allowed or key.partition(".")[0] in allowed
 
 
-def _harmless(section: str, key: str) -> bool:
-    return section in _SECTIONS or f"{section}.{key}" in _KEYS
+def _harmless(name: str) -> bool:
+    return name in _KEYS or name.partition(".")[0] in _SECTIONS

@@ -28,6 +28,7 @@ from .manifest import MAX_BYTES, Manifest, Stored, shown
 from .snapshot import view
 
 CHUNK = 1 << 20
+_OPEN = 64  # files of a large job are more than a process may have open
 # What tells of the files themselves; other errors may pass.
 _DAMAGE = {errno.ENOENT, errno.ELOOP, errno.EIO, errno.ENXIO, errno.EISDIR, errno.ENOTDIR}
 
@@ -222,7 +223,7 @@ def _noting(found: list[str]) -> Iterator[None]:
 
 
 class _Files:
-    """The files of a folder, opened when they are read."""
+    """The files of a folder, opened when they are read; the last ``_OPEN`` stay open."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -241,9 +242,11 @@ class _Files:
     def check_size(self, name: str, wanted: int) -> None:
         """Raises DamagedError if a file is missing, or of another size."""
         with self._telling(name):
-            size = os.fstat(self._handle(name)).st_size
-        if size != wanted:
-            raise DamagedError(f"{self._folder}/{name}: {size} bytes instead of {wanted}")
+            found = os.stat(self._folder / name, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            raise self._odd(name)
+        if found.st_size != wanted:
+            raise DamagedError(f"{self._folder}/{name}: {found.st_size} bytes instead of {wanted}")
 
     def whole(self, name: str, limit: int) -> bytes:
         """The bytes of a small file."""
@@ -269,13 +272,19 @@ class _Files:
 
     def _handle(self, name: str) -> int:
         """A file's descriptor. A pipe must not block, and a link leads out of the folder."""
-        if name not in self._handles:
+        handle = self._handles.pop(name, None)
+        if handle is None:
+            while len(self._handles) >= _OPEN:
+                os.close(self._handles.pop(next(iter(self._handles))))
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             handle = os.open(self._folder / name, flags)
-            self._handles[name] = handle
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise DamagedError(f"{self._folder}/{name}: no plain file")
-        return self._handles[name]
+        self._handles[name] = handle  # the one used last is the last
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise self._odd(name)
+        return handle
+
+    def _odd(self, name: str) -> DamagedError:
+        return DamagedError(f"{self._folder}/{name}: no plain file")
 
     @contextlib.contextmanager
     def _telling(self, name: str, where: str = "") -> Iterator[None]:

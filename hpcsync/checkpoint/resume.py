@@ -1,10 +1,11 @@
 """Taking up a checkpoint on all ranks of a job: read, verified and handed out in one pass.
 
     each rank reads its share of the pieces and checks them -> broadcast -> every rank has all that
-    is common; what belongs to a rank is read by that rank
+    is common; what belongs to a rank is read by one rank, that of the same number if there is one,
+    and so is what is outside the pieces of a file, index.h5 among them
 
-Each byte is read once across the job. Nothing is taken over before all ranks have found all of it
-whole; else the next older checkpoint is tried.
+Each byte of all files is read and checked once across the job. Nothing is taken over before all
+ranks have found all of it whole; else the next older checkpoint is tried.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Loaded:
         common: the tree of what all ranks hold alike; its tensors are this rank's to keep.
         own: this rank's, if the job has the ranks and nodes of then.
         generators: of the rank of this number then, if there was one: ``own["random"]``.
+        held: what codecs held back on some of the ranks of then, each of them on one rank of now.
         damaged: problems of newer ones that were passed over, by folder.
     """
 
@@ -52,6 +54,7 @@ class Loaded:
     common: dict[str, Any]
     own: dict[str, Any] | None
     generators: dict[str, Any] | None
+    held: tuple[dict[str, Any], ...]
     damaged: dict[Path, tuple[str, ...]]
 
     @property
@@ -87,57 +90,56 @@ def load(runtime: Runtime, candidates: Sequence[Path]) -> Loaded:
     raise AssertionError("unreachable")
 
 
-def helds(runtime: Runtime, loaded: Loaded) -> list[Any]:
-    """What codecs held back on some of the ranks of then, each of them on one rank of now;
-    collective.
-
-    Raises:
-        AgreedError: a file is damaged; it is a CheckpointError, too.
-    """
-    manifest = loaded.manifest
-    found: list[Any] = []
-    problem: CheckpointError | None = None
-    try:
-        for rank in range(runtime.rank, manifest.ranks, runtime.size):
-            skeleton = manifest.own[rank]
-            if isinstance(skeleton, dict) and "exchange" in skeleton:
-                found.append(_tree(loaded.checkpoint, skeleton["exchange"])["held"])
-    except CheckpointError as error:
-        problem = error
-    runtime.agree(problem)
-    return found
-
-
 def _read(
     runtime: Runtime, checkpoint: Checkpoint, damaged: dict[Path, tuple[str, ...]]
 ) -> Loaded | None:
     """All of a checkpoint that this rank needs; None, on all ranks, if it is damaged."""
     manifest, path = checkpoint.manifest, checkpoint.folder
-    tensors, problems = _gather(runtime, checkpoint)
-    same = manifest.nodes == runtime.topology.nodes
+    tensors, errors = _gather(runtime, checkpoint)
 
     def build() -> Loaded:
-        if problems:
-            raise DamagedError(problems)
+        _check_rest(runtime, checkpoint, errors)
+        _refuse(errors)
         common = state.unflatten(manifest.common, tensors)
-        own = generators = None
-        if runtime.rank < manifest.ranks:
-            skeleton = manifest.own[runtime.rank]
-            own = _tree(checkpoint, skeleton) if same else None
-            generators = own["random"] if own else _tree(checkpoint, skeleton["random"])
+        ranks = range(runtime.rank, manifest.ranks, runtime.size)
+        owns = {rank: checkpoint.own(rank) for rank in ranks}
+        mine = owns.get(runtime.rank)
         return Loaded(
             checkpoint=checkpoint,
             common=common,
-            own=own,
-            generators=generators,
+            own=mine if manifest.nodes == runtime.topology.nodes else None,
+            generators=None if mine is None else mine["random"],
+            held=tuple(own["held"] for own in owns.values()),
             damaged=damaged,
         )
 
     return _agreed(runtime, build, damaged, path)
 
 
-def _gather(runtime: Runtime, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """All common tensors, and what this rank found damaged."""
+def _check_rest(runtime: Runtime, checkpoint: Checkpoint, errors: list[CheckpointError]) -> None:
+    """Check this rank's share of what is outside the pieces of the files; errors are noted."""
+    units = [unit for unit in checkpoint.units() if unit.piece is None]
+    for unit in units[runtime.rank :: runtime.size]:
+        try:
+            checkpoint.check(unit)
+        except CheckpointError as error:
+            errors.append(error)
+
+
+def _refuse(errors: Sequence[CheckpointError]) -> None:
+    """Raise what was noted; an error that may pass goes before damage."""
+    damage = [error for error in errors if isinstance(error, DamagedError)]
+    for error in errors:
+        if error not in damage:
+            raise error
+    if damage:
+        raise DamagedError([problem for error in damage for problem in error.problems])
+
+
+def _gather(
+    runtime: Runtime, checkpoint: Checkpoint
+) -> tuple[dict[str, Tensor], list[CheckpointError]]:
+    """All common tensors, and what went wrong on this rank, which others must not wait for."""
     manifest = checkpoint.manifest
     names = state.names(manifest.common)
     made = {
@@ -147,20 +149,20 @@ def _gather(runtime: Runtime, checkpoint: Checkpoint) -> tuple[dict[str, Tensor]
         )
         for name in names
     }
-    problems: list[str] = []
+    errors: list[CheckpointError] = []
     for jobs in _batches(_jobs(manifest, names, runtime.size)):
         buffer = np.empty(sum(job.piece.nbytes for job in jobs), np.uint8)
         if jobs[0].rank == runtime.rank:
             for job, data in _parts(jobs, buffer):
                 try:
                     checkpoint.read(job.name, job.piece, data)
-                except DamagedError as error:
-                    problems += error.problems
+                except CheckpointError as error:
+                    errors.append(error)
         runtime.broadcast_array(buffer, jobs[0].rank)
         for job, data in _parts(jobs, buffer):
             at = job.piece.start * manifest.tensors[job.name].meta.row_nbytes
             view(made[job.name])[at : at + job.piece.nbytes] = data
-    return made, problems
+    return made, errors
 
 
 def _jobs(manifest: Manifest, names: Sequence[str], ranks: int) -> list[_Job]:
@@ -194,11 +196,6 @@ def _parts(jobs: Sequence[_Job], buffer: Any) -> Iterator[tuple[_Job, Any]]:
     for job in jobs:
         yield job, buffer[at : at + job.piece.nbytes]
         at += job.piece.nbytes
-
-
-def _tree(checkpoint: Checkpoint, skeleton: Any) -> Any:
-    tensors = {name: checkpoint.tensor(name) for name in state.names(skeleton)}
-    return state.unflatten(skeleton, tensors)
 
 
 def _agreed(

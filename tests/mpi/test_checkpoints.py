@@ -11,18 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
 
-from hpcsync import checkpoint, launch, train
+from hpcsync import assembly, checkpoint, launch, resuming, train
+from hpcsync import config as configs
 from hpcsync.checkpoint import folder as folders
+from hpcsync.checkpoint import reader
 from hpcsync.checkpoint.files import Files
 from hpcsync.checkpoint.saver import About, Outcome, Saver, Taken
 from hpcsync.checkpoint.writer import Part, PartWriter
-from hpcsync.config import CheckpointConfig, TopologyConfig
+from hpcsync.config import CheckpointConfig, Config, TopologyConfig
 from hpcsync.errors import CheckpointError, UserError
+from hpcsync.gradients import memory
 from hpcsync.runtime import Runtime
+from hpcsync.stopping import StopSignals
 from hpcsync.topology import Topology
 
 pytestmark = pytest.mark.mpi
@@ -187,23 +192,108 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         run("--resume", str(made), "train.steps=12")
 
 
+@pytest.mark.parametrize("where", ["index.h5", "the rest of a file", "held back", "generators"])
+@pytest.mark.parametrize("nodes", ["same", "other"])
+def test_a_bit_flipped_anywhere_is_found(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str], where: str, nodes: str
+) -> None:
+    """Whoever needs the bytes, or nobody: of each file all are checked."""
+    if where == "held back" and SIZE < 2:
+        pytest.skip("one rank holds nothing back")
+    made = folder / "made"
+    words = ["compress.codec=int8", "compress.warmup=1", "compress.min_elements=64"]
+    words += ["compress.where=all", "train.eval_every=0", "checkpoint.every=2", "train.steps=4"]
+    assert run(*words, "topology.ranks_per_node=1", "--out", str(made)) == 0
+    if comm.rank == 0:
+        with checkpoint.open(step(made, 4)) as found:
+            last = f"ranks/{SIZE - 1}/"
+            part = {"held back": "held", "generators": "random"}.get(where)
+            if part:
+                name = next(n for n in found.manifest.tensors if n.startswith(last + part))
+                piece = found.manifest.tensors[name].pieces[0]
+                file, at = piece.file, piece.offset
+            else:
+                file = "index.h5" if where == "index.h5" else folders.data_file(SIZE - 1)
+                at = found._rest(file)[-1][0]
+        path = Path(step(made, 4)) / file
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+    comm.Barrier()
+    placed = "topology.ranks_per_node=" + ("1" if nodes == "same" else str(SIZE))
+    assert run(*words, placed, "--resume", str(made)) == 0
+    if comm.rank == 0:
+        told = capfd.readouterr().err
+        assert f"damaged checkpoint: {path}" in told
+        assert f"goes on after step 2, from {step(made, 2)}" in told
+        assert Path(step(made, 4) + ".damaged").exists()
+
+
+def test_a_file_that_one_rank_cannot_read_holds_up_nobody(
+    folder: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be there again later: the checkpoint is not set aside."""
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+
+    def preadv(*_: Any) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def read(*words: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", preadv)
+            whole(*words)
+
+    whole = reader.Checkpoint.read
+    if comm.rank == SIZE - 1:
+        monkeypatch.setattr(reader.Checkpoint, "read", read)
+    with pytest.raises(CheckpointError, match="cannot be read: Stale file handle"):
+        run("--resume", str(made))
+    assert Path(step(made, 8)).exists()
+
+
 def test_changed_decks(folder: Path, comm: MPI.Intracomm) -> None:
     made = folder / "made"
     assert run("--out", str(made)) == 0
-    with pytest.raises(CheckpointError, match=r"train\.lr = 0\.5 .*--allow-change train\.lr,tr"):
+    with pytest.raises(CheckpointError, match=r"train\.lr = 0\.5 .*--allow-change train\.st.*\.lr"):
         run("--resume", str(made), "train.lr=0.5", "train.beta1=0.5", "train.steps=9")
+    with pytest.raises(CheckpointError, match=r"train\.steps = 9 \(was 8\); set"):
+        run("--resume", str(made), "train.steps=9")
     with pytest.raises(CheckpointError, match=r"model\.width = 64"):
-        run("--resume", str(made), "model.width=64", "train.steps=9")
-    words = ("model.width=64", "train.steps=9", "--allow-change", "model.width")
+        run("--resume", str(made), "model.width=64")
+    words = ("model.width=64", "--allow-change", "model.width")
     with pytest.raises(CheckpointError, match=r"embedding\.weight has shape"):
         run("--resume", str(made), *words)
     words = ("train.lr=0.5", "train.beta1=0.5", "train.global_batch=16", "train.steps=9")
-    names = "train.lr,train.beta1,train.global_batch"
+    names = "train.lr,train.beta1,train.global_batch,train.steps"
     assert run("--resume", str(made), *words, "--allow-change", names) == 0
     if comm.rank == 0:
         assert len(numbers(made)) == 9
         with checkpoint.open(step(made, 9)) as found:
             assert found.manifest.tokens == (8 * 8 + 16) * 16
+
+
+def test_a_damaged_checkpoint_of_another_deck_stops_one_run_alone(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a deck the newest one's is taken, which need not be that of the one before."""
+    made = folder / "made"
+    assert run("--out", str(made)) == 0
+    words = ("train.lr=0.5", "train.steps=9", "--allow-change", "train.lr,train.steps")
+    assert run("--resume", str(made), *words) == 0
+    if comm.rank == 0:
+        index = Path(step(made, 9)) / "index.h5"
+        index.write_bytes(bytes(index.stat().st_size))
+    comm.Barrier()
+    with pytest.raises(CheckpointError, match=r"differs .*step-00000008: train.steps = 9 "):
+        train.run(["--resume", str(made)])
+    comm.Barrier()
+    told = capfd.readouterr().err
+    assert comm.rank or "set aside as step-00000009.damaged" in told
+    assert train.run(["--resume", str(made)]) == 0
+    comm.Barrier()
+    told = capfd.readouterr().err
+    assert comm.rank or f"goes on after step 8, from {step(made, 8)}" in told
 
 
 def test_other_nodes_take_over_what_codecs_held_back(folder: Path, comm: MPI.Intracomm) -> None:
@@ -218,6 +308,39 @@ def test_other_nodes_take_over_what_codecs_held_back(folder: Path, comm: MPI.Int
     if comm.rank == 0:
         losses = [[float(row[1]) for row in numbers(each)] for each in (made, rest)]
         assert losses[1] == pytest.approx(losses[0][4:], rel=2e-3)
+
+
+def tiny(*words: str) -> Config:
+    given = {word.partition("=")[0] for word in words}
+    return configs.load(
+        None, [*(word for word in TINY if word.partition("=")[0] not in given), *words]
+    )
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk"])
+def test_nothing_that_codecs_held_back_is_lost_on_other_nodes(folder: Path, codec: str) -> None:
+    """What is pending of each parameter, in units of the mean, is the same before and after."""
+    if SIZE < 2:
+        pytest.skip("one rank sends nothing")
+    words = [f"compress.codec={codec}", "compress.warmup=1", "compress.min_elements=64"]
+    words += ["compress.where=all", "train.steps=4"]
+    assert run(*words, "topology.ranks_per_node=1", "--out", str(folder / "made")) == 0
+    path = Path(step(folder / "made", 4))
+    config = tiny(*words, "topology.ranks_per_node=2")
+    with launch.start(config.topology, timeout_s=30.0) as runtime:
+        signals = StopSignals(lambda _: None, lambda _: None)
+        parts = assembly.assemble(runtime, config, signals, fresh=False)
+        resuming.take_up(runtime, config, parts, resuming.Plan(candidates=(path,)))
+        reducer = parts.parallel.reducer
+        before, after = (memory.Sums(reducer._described) for _ in range(2))
+        with checkpoint.open(path) as found:
+            before.add(found.own(runtime.rank)["held"])
+        after.add(parts.state().own["held"])
+        errors = [sums.over(runtime)[memory.ERROR] for sums in (before, after)]
+        assert list(errors[0]) == list(errors[1])
+        assert any(values.any() for values in errors[0].values())
+        for name, values in errors[0].items():
+            np.testing.assert_allclose(errors[1][name], values, rtol=1e-5, atol=1e-9)
 
 
 class Job:

@@ -156,6 +156,23 @@ def test_what_may_pass_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatc
     assert not isinstance(error.value, DamagedError)
 
 
+def test_files_are_opened_when_read_and_few_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of thousands of ranks has more files than a process may have open."""
+    ranks = 9
+    folder = make(tmp_path, 100, *example(ranks=ranks))
+    monkeypatch.setattr(reader, "_OPEN", 3)
+    with checkpoint.open(folder) as found:
+        assert found._files._handles == {}
+        for rank in (0, *range(ranks), 0):
+            found.own(rank)
+            assert len(found._files._handles) <= 3
+        assert list(found._files._handles)[-1] == "rank-00000.h5"
+        assert found.verify() == []
+        assert same(found.common(), STATE[0])
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder") as error:
         checkpoint.open(tmp_path / "none")

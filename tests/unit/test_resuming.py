@@ -20,6 +20,7 @@ from hpcsync.checkpoint.state import flatten, metas
 from hpcsync.checkpoint.writer import PartWriter, publish
 from hpcsync.config import Config, MetricsConfig
 from hpcsync.errors import CheckpointError, ConfigError, UserError
+from hpcsync.rules import learning_rate
 
 
 def load(*words: str) -> Config:
@@ -56,12 +57,12 @@ def checkpoint(run: Path, step: int, config: Config) -> Path:
 
 
 def test_what_changes_the_mathematics_needs_leave() -> None:
-    before = load("train.lr=0.1", "train.steps=5")
-    now = load("train.steps=9", "comm.bucket_mb=3", "compress.ratio=0.5", "run.name=other")
+    before = load("train.lr=0.1")
+    now = load("train.eval_every=9", "comm.bucket_mb=3", "compress.ratio=0.5", "run.name=other")
     found = {each.key: each for each in changes.between(before, now)}
     assert {key: each.harmless for key, each in found.items()} == {
         "train.lr": False,
-        "train.steps": True,
+        "train.eval_every": True,
         "comm.bucket_mb": True,
         "compress.ratio": False,
     }
@@ -70,6 +71,17 @@ def test_what_changes_the_mathematics_needs_leave() -> None:
     with pytest.raises(CheckpointError, match=r"--allow-change compress\.ratio$"):
         changes.refuse(list(found.values()), ("train.lr",), "here")
     changes.refuse(list(found.values()), ("train", "compress.ratio"), "here")
+
+
+def test_the_last_step_is_part_of_the_learning_rate() -> None:
+    """Half a cosine ends there: another one changes all steps, unless the rate is constant."""
+    for min_lr, free in ((0.1, False), (1.0, True)):
+        decks = [load(f"train.min_lr={min_lr}", f"train.steps={steps}") for steps in (50, 90)]
+        rates = [learning_rate(deck.train, 40) for deck in decks]
+        assert (rates[0] == rates[1]) == free
+        assert [each.harmless for each in changes.between(*decks)] == [free]
+    before, now = load("train.steps=50"), load("train.steps=90", "train.min_lr=1")
+    assert not any(each.harmless for each in changes.between(before, now))
 
 
 def test_keys_that_are_none_may_not_change() -> None:
@@ -81,11 +93,12 @@ def test_keys_that_are_none_may_not_change() -> None:
 def test_every_key_is_judged() -> None:
     """Nothing that a model learns from may change by chance: a new key is refused at first."""
     every = [*configs.keys()]
-    free = {key.name for key in every if changes._harmless(*key.name.split("."))}
+    free = {key.name for key in every if changes._harmless(key.name)}
     refused = {key.name for key in every} - free
     assert {"run.seed", "train.lr", "train.precision", "model.width", "data.path"} <= refused
     assert {"compress.codec", "train.optimizer", "train.global_batch"} <= refused
-    assert {"train.steps", "comm.bucket_mb", "checkpoint.every", "trace.every"} <= free
+    assert {"train.steps", "train.min_lr"} <= refused
+    assert {"train.eval_every", "comm.bucket_mb", "checkpoint.every", "trace.every"} <= free
 
 
 def plan(*words: str) -> tuple[Config, resuming.Plan]:
