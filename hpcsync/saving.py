@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import secrets
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class Saving:
                 folders.clean(folder / folders.FOLDER)
         here = taken is not None and taken.place == folder
         before = taken.run if taken is not None else {}
-        lineage = runtime.bcast(before["lineage"] if here else secrets.token_hex(8))
+        fresh = runtime.bcast(secrets.token_hex(8))
+        # Checkpoints go on with that of before only where they follow from the same log.
+        lineage = fresh
 
         def state() -> Taken:
             common, own = parts.state()
@@ -87,11 +90,18 @@ class Saving:
             observers.resumed(before.get("observers", {}))
         log: ReplayLog | None = None
         if config.checkpoint.replay_log:
-            log = saver.log = _log(runtime, config, parts, folder, lineage)
+            known = runtime.bcast(before["lineage"] if here else fresh)
+            log = saver.log = _log(runtime, config, parts, folder, known)
             if taken is not None and here:
-                _replay(runtime, config, parts, observers, log, taken.step)
+                if _replay(runtime, config, parts, observers, log, taken.step):
+                    lineage = known
+                else:
+                    log.rename(fresh)
             else:
                 saver.require()
+        elif runtime.local_rank == 0:
+            # It may be of steps that this run takes in another way.
+            shutil.rmtree(folder / folders.FOLDER / REPLAY, ignore_errors=True)
         return cls(saver, log)
 
     def close(self) -> None:
@@ -113,7 +123,8 @@ def _replay(
     observers: Observers,
     log: ReplayLog,
     step: int,
-) -> None:
+) -> list[StepResult]:
+    """Replay what was logged after ``step``; the steps, on this rank. Collective."""
     results: list[StepResult] = []
 
     def told(result: StepResult) -> None:
@@ -126,6 +137,7 @@ def _replay(
         resuming.say(runtime, f"replayed {len(results)} steps from the log, up to step {last}")
         found = resuming.records(runtime, config, results)
         observers.resumed({"Metrics": {"replayed": found}})
+    return results
 
 
 def _versions() -> dict[str, Any]:

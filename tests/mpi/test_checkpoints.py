@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -401,3 +402,29 @@ def test_a_state_that_cannot_be_stored_is_told(folder: Path, make: Callable[...,
     job.saver.boundary(1)
     job.saver.drain()
     assert "sparse" in job.outcomes[-1].problem
+
+
+def test_a_log_is_not_replayed_on_another_base(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that does not log has replaced a checkpoint that a log follows on."""
+    made, replay = folder / "made", folder / "made" / "checkpoints" / "replay"
+    words = ("checkpoint.every=3", "checkpoint.at_end=false", "--out", str(made))
+    assert run(*words, "checkpoint.replay_log=true") == 0
+    if comm.rank == 0:
+        shutil.rmtree(step(made, 6))
+        shutil.copytree(replay, folder / "kept")
+    comm.Barrier()
+    changed = ("train.lr=0.01", "--allow-change", "train.lr", "--resume", "auto")
+    assert run(*words, *changed, "checkpoint.replay_log=false") == 0
+    expected = numbers(made) if comm.rank == 0 else []
+    assert not replay.exists()
+    comm.Barrier()
+    if comm.rank == 0:
+        (folder / "kept").rename(replay)
+        capfd.readouterr()
+    comm.Barrier()
+    assert run(*words, *changed, "checkpoint.replay_log=true") == 0
+    if comm.rank == 0:
+        assert "it is of another run" in capfd.readouterr().err
+        assert numbers(made) == expected
