@@ -6,6 +6,7 @@ import contextlib
 import platform
 import secrets
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,12 @@ class Saving:
 
     Attributes:
         log: of steps since the last checkpoint, if the deck wants it.
+        replayed: steps that were replayed from it, on this rank.
     """
 
     saver: Saver
     log: ReplayLog | None
+    replayed: Sequence[StepResult] = ()
 
     @classmethod
     def make(
@@ -89,11 +92,13 @@ class Saving:
         if taken is not None:
             observers.resumed(before.get("observers", {}))
         log: ReplayLog | None = None
+        replayed: list[StepResult] = []
         if config.checkpoint.replay_log:
             known = runtime.bcast(before["lineage"] if here else fresh)
             log = saver.log = _log(runtime, config, parts, folder, known)
             if taken is not None and here:
-                if _replay(runtime, config, parts, observers, log, taken.step):
+                replayed = _replay(runtime, config, parts, observers, log, taken.step)
+                if replayed:
                     lineage = known
                 else:
                     log.rename(fresh)
@@ -102,7 +107,7 @@ class Saving:
         elif runtime.local_rank == 0:
             # It may be of steps that this run takes in another way.
             shutil.rmtree(folder / folders.FOLDER / REPLAY, ignore_errors=True)
-        return cls(saver, log)
+        return cls(saver, log, replayed)
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -136,7 +141,7 @@ def _replay(
     if results:
         resuming.say(runtime, f"replayed {len(results)} steps from the log, up to step {last}")
         found = resuming.records(runtime, config, results)
-        observers.resumed({"Metrics": {"replayed": found}})
+        observers.resumed({name: {"replayed": found} for name in ("Metrics", "Summary")})
     return results
 
 
