@@ -45,6 +45,7 @@ class Summary(Observer):
         self._val: list[float] = []
         self._skipped = self._failed = 0
         self._saved: int | None = None
+        self._over = False
         self._lock = threading.Lock()
 
     def started(self, info: RunInfo) -> None:
@@ -88,6 +89,8 @@ class Summary(Observer):
         info = self._info
         if info is not None and info.rank == 0:
             with self._lock:
+                if self._over:  # the loop was faster, and knows more
+                    return
                 # A rank that failed takes the others with it by this same signal.
                 known = _read(info.folder / "summary.json")
                 if known.get("status") == "failed":
@@ -100,6 +103,7 @@ class Summary(Observer):
         if info is None:
             return
         with self._lock:
+            self._over = True
             if info.rank == 0:
                 self._write(info, status, detail)
             elif status == "failed":

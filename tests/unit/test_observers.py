@@ -419,3 +419,11 @@ def test_the_held_out_loss_of_the_last_row_is_filled_in(tmp_path: Path, lost: bo
     with (tmp_path / "metrics.csv").open(newline="") as file:
         found = [(row["step"], row["val_loss"]) for row in csv.DictReader(file)]
     assert found == [("1", ""), ("2", "5.5" if lost else "4.5"), ("3", "")]
+
+
+def test_a_signal_that_is_heard_late_does_not_hide_how_the_run_ended(tmp_path: Path) -> None:
+    observer = Summary()
+    run(observer, info(tmp_path), status="interrupted")
+    before = summary(tmp_path)
+    observer.interrupted("SIGTERM")
+    assert summary(tmp_path) == before
