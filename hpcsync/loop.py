@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -41,6 +42,7 @@ class Loop:
         ring: of this rank's spans, where somebody wants details of steps.
         saver: of checkpoints, if there are to be any.
         log: of steps, to be replayed by a resumed run.
+        replayed: steps that were replayed from the log, on this rank.
     """
 
     runtime: Runtime
@@ -52,6 +54,7 @@ class Loop:
     ring: Ring | None = None
     saver: Saver | None = None
     log: ReplayLog | None = None
+    replayed: Sequence[StepResult] = ()
 
     def run(self) -> str:
         """Train to the end; why it ended before the last step, if it was asked to.
@@ -63,11 +66,12 @@ class Loop:
         train, engine, saver = self.config.train, self.parts.engine, self.saver
         if train.eval_every and engine.step_count == 0:
             self.observers.evaluated(0, self.held_out())
+        if self.replayed:
+            self.catch_up()
         number, stopping = 0, False
         while engine.step_count < train.steps and not number and not stopping:
             record, number = self.step()
-            due = train.eval_every and record.step % train.eval_every == 0
-            if not number and (due or record.step == train.steps):
+            if not number and self.due(record.step):
                 self.observers.evaluated(record.step, self.held_out())
             self.measure(record)
             self.observers.stepped(record)
@@ -83,6 +87,32 @@ class Loop:
             raise StoppedError(number)
         asked = stopping and engine.step_count < train.steps
         return "stopped after a checkpoint, as the file stop-after-save asked" if asked else ""
+
+    def due(self, step: int) -> bool:
+        """Whether the held-out loss after a step is wanted."""
+        train = self.config.train
+        return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
+
+    def catch_up(self) -> None:
+        """Do what the lost run did after the steps that were replayed, or would have done:
+        collective.
+
+        Raises:
+            NonFiniteError: as it did.
+        """
+        bad = [float(not math.isfinite(result.loss)) for result in self.replayed]
+        found = zip(self.replayed, self.runtime.allreduce_scalar(bad), strict=True)
+        hint = (
+            "; the step was replayed from the log: checkpoint.replay_log=false goes on from the "
+            "checkpoint without it"
+        )
+        for result, ranks in found:
+            if ranks:
+                self._refuse(result, hint)
+        step = self.parts.engine.step_count
+        if self.due(step):
+            self.observers.evaluated(step, self.held_out())
+        self.parts.engine.check_skipped()
 
     def step(self) -> tuple[StepRecord, int]:
         """One step on all ranks; also the signal that any of them received, or 0."""
@@ -192,11 +222,11 @@ class Loop:
         total, count = runtime.allreduce_scalar(sums)
         return total / count / (math.log(2) if source.unit == "byte" else 1.0)
 
-    def _refuse(self, result: StepResult) -> NoReturn:
+    def _refuse(self, result: StepResult, hint: str = "") -> NoReturn:
         losses = self.runtime.allgather_object(result.loss)
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranges(ranks)}"
         raise NonFiniteError(
             f"step {result.step}: the loss is {losses[ranks[0]]} on {where}; lower train.lr, set "
-            "train.clip_norm, or look for bad samples"
+            f"train.clip_norm, or look for bad samples{hint}"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import platform
 import secrets
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,12 @@ class Saving:
 
     Attributes:
         log: of steps since the last checkpoint, if the deck wants it.
+        replayed: steps that were replayed from it, on this rank.
     """
 
     saver: Saver
     log: ReplayLog | None
+    replayed: Sequence[StepResult] = ()
 
     @classmethod
     def make(
@@ -60,7 +64,9 @@ class Saving:
                 folders.clean(folder / folders.FOLDER)
         here = taken is not None and taken.place == folder
         before = taken.run if taken is not None else {}
-        lineage = runtime.bcast(before["lineage"] if here else secrets.token_hex(8))
+        fresh = runtime.bcast(secrets.token_hex(8))
+        # Checkpoints go on with that of before only where they follow from the same log.
+        lineage = fresh
 
         def state() -> Taken:
             common, own = parts.state()
@@ -86,13 +92,22 @@ class Saving:
         if taken is not None:
             observers.resumed(before.get("observers", {}))
         log: ReplayLog | None = None
+        replayed: list[StepResult] = []
         if config.checkpoint.replay_log:
-            log = saver.log = _log(runtime, config, parts, folder, lineage)
+            known = runtime.bcast(before["lineage"] if here else fresh)
+            log = saver.log = _log(runtime, config, parts, folder, known)
             if taken is not None and here:
-                _replay(runtime, config, parts, observers, log, taken.step)
+                replayed = _replay(runtime, config, parts, observers, log, taken.step)
+                if replayed:
+                    lineage = known
+                else:
+                    log.rename(fresh)
             else:
                 saver.require()
-        return cls(saver, log)
+        elif runtime.local_rank == 0:
+            # It may be of steps that this run takes in another way.
+            shutil.rmtree(folder / folders.FOLDER / REPLAY, ignore_errors=True)
+        return cls(saver, log, replayed)
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -113,7 +128,8 @@ def _replay(
     observers: Observers,
     log: ReplayLog,
     step: int,
-) -> None:
+) -> list[StepResult]:
+    """Replay what was logged after ``step``; the steps, on this rank. Collective."""
     results: list[StepResult] = []
 
     def told(result: StepResult) -> None:
@@ -125,7 +141,8 @@ def _replay(
     if results:
         resuming.say(runtime, f"replayed {len(results)} steps from the log, up to step {last}")
         found = resuming.records(runtime, config, results)
-        observers.resumed({"Metrics": {"replayed": found}})
+        observers.resumed({name: {"replayed": found} for name in ("Metrics", "Summary")})
+    return results
 
 
 def _versions() -> dict[str, Any]:

@@ -143,7 +143,7 @@ def train(
         taken = resuming.take_up(runtime, config, parts, plan) if plan.candidates else None
         folder, run_id = _folder(runtime, config, arguments, plan, signals)
         saved = saving.Saving.make(runtime, config, parts, observers, folder, run_id, taken)
-        info = _info(runtime, config, parts, folder, run_id)
+        info = _info(runtime, config, parts, folder, run_id, taken.step if taken else None)
         observers.join(assembly.traces(config, parts, info.run_id))
         hangs = Hangs(parts.parallel.collectives, folder / "trace", run_id)
         signals.on_quit = hangs.signalled
@@ -162,6 +162,7 @@ def train(
             ring=parts.engine.recorder.ring() if observers.wants_detail() else None,
             saver=saved.saver,
             log=saved.log,
+            replayed=saved.replayed,
         ).run()
     except CollectiveTimeout as error:
         if hangs is not None:
@@ -170,8 +171,9 @@ def train(
         _ended(observers, "failed", "a collective is stuck")
         raise
     except StoppedError as stop:
-        _ended(observers, "interrupted", str(stop))
-        _say(runtime, str(stop))
+        text = "; ".join(filter(None, (str(stop), _unsaved(saved))))
+        _ended(observers, "interrupted", text)
+        _say(runtime, text)
         return stop.status
     except NonFiniteError as error:  # on all ranks alike, so one line tells it
         _ended(observers, "failed", str(error))
@@ -187,8 +189,7 @@ def train(
             hangs.close()
         if saved is not None:
             saved.close()
-    assert saved is not None
-    unsaved = "the last checkpoint was not saved" if saved.saver.failed else ""
+    unsaved = _unsaved(saved)
     observers.ended("interrupted" if reason else "done", "; ".join(filter(None, (reason, unsaved))))
     for text in filter(None, (reason, unsaved)):
         _say(runtime, text)
@@ -213,6 +214,12 @@ def _folder(
     return folder, run_id
 
 
+def _unsaved(saved: Saving | None) -> str:
+    """What is to be told if the last checkpoint was not saved."""
+    failed = saved is not None and saved.saver.failed
+    return "the last checkpoint was not saved" if failed else ""
+
+
 def _ended(observers: Observers, status: str, detail: str) -> None:
     """Tell that the run ended badly; what fails in that must not hide why it did."""
     try:
@@ -222,7 +229,14 @@ def _ended(observers: Observers, status: str, detail: str) -> None:
         print(f"hpcsync: warning: the run's files are not complete: {text}", file=sys.stderr)
 
 
-def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path, run_id: str) -> RunInfo:
+def _info(
+    runtime: Runtime,
+    config: Config,
+    parts: Parts,
+    folder: Path,
+    run_id: str,
+    checkpoint_step: int | None,
+) -> RunInfo:
     from .observers import RunInfo
 
     source = parts.source
@@ -240,6 +254,7 @@ def _info(runtime: Runtime, config: Config, parts: Parts, folder: Path, run_id: 
         algorithm=parts.parallel.reducer.algorithm,
         every_s=config.log.every_s,
         first_step=parts.engine.step_count,
+        checkpoint_step=checkpoint_step,
         run_id=run_id,
         node=runtime.topology.node_of(runtime.rank),
         local_rank=runtime.local_rank,

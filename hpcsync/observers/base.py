@@ -32,6 +32,7 @@ class RunInfo:
         algorithm: how gradients are summed, as the reducer chose it.
         every_s: seconds between progress lines in a log file.
         first_step: the step that a resumed run goes on from, else 0.
+        checkpoint_step: of the checkpoint that it has taken up; later steps were replayed.
         run_id: short name that no other run has; in every file, line and metric of this one.
         node: that this rank is on, from 0; ``local_rank`` is its place there.
     """
@@ -49,6 +50,7 @@ class RunInfo:
     algorithm: str
     every_s: float
     first_step: int = 0
+    checkpoint_step: int | None = None
     run_id: str = ""
     node: int = 0
     local_rank: int = 0

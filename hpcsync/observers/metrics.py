@@ -29,6 +29,7 @@ class Metrics(Observer):
         self._val: tuple[int, float] | None = None
         self._run_id = ""
         self._replayed: list[StepRecord] = []
+        self._resumed: tuple[int, bytes] | None = None
 
     def resumed(self, state: Mapping[str, Any]) -> None:
         """``replayed``: records of steps whose rows may be missing."""
@@ -44,11 +45,16 @@ class Metrics(Observer):
         aside.write_bytes(data)
         aside.replace(path)
         self._handle, self._size = os.open(path, os.O_RDWR), len(data)
+        self._resumed = max(rows.items(), default=None)
 
     def evaluated(self, step: int, loss: float) -> None:
         self._val = (step, loss)
+        if self._resumed is not None and self._resumed[0] == step:
+            self._fill_in(self._resumed[1], loss)
+            self._resumed = None
 
     def stepped(self, record: StepRecord) -> None:
+        self._resumed = None
         self._append(self._row(record))
 
     def ended(self, status: str, detail: str) -> None:
@@ -61,6 +67,15 @@ class Metrics(Observer):
         if self._val is not None and self._val[0] == record.step:
             row["val_loss"] = self._val[1]
         return _line([_text(row.get(name, "")) for name in COLUMNS])
+
+    def _fill_in(self, line: bytes, loss: float) -> None:
+        """Put the held-out loss into the last row of the file, if none is there."""
+        cells = next(csv.reader([line.decode()]))
+        place = COLUMNS.index("val_loss")
+        if not cells[place]:
+            cells[place] = str(_text(loss))
+            self._size -= len(line)
+            self._append(_line(cells))
 
     def _append(self, data: bytes) -> None:
         """Append rows, or, where the disk is full, nothing: never a half."""

@@ -41,20 +41,20 @@ class Summary(Observer):
         self._begin = time.monotonic()
         self._recent: deque[StepRecord] = deque(maxlen=WINDOW)
         self._first: float | None = None
+        self._last: StepRecord | None = None
         self._val: list[float] = []
         self._skipped = self._failed = 0
         self._saved: int | None = None
+        self._over = False
         self._lock = threading.Lock()
 
     def started(self, info: RunInfo) -> None:
         self._info = info
-        self._saved = info.first_step or None
+        self._saved = info.checkpoint_step
 
     def stepped(self, record: StepRecord) -> None:
-        if self._first is None:
-            self._first = record.loss
+        self._count(record)
         self._recent.append(record)
-        self._skipped += record.skipped
 
     def evaluated(self, step: int, loss: float) -> None:
         self._val = [*self._val[:1], loss]
@@ -72,13 +72,25 @@ class Summary(Observer):
         return {"loss_first": self._first, "val": self._val, "skipped": self._skipped}
 
     def resumed(self, state: Mapping[str, Any]) -> None:
-        self._first, self._val = state["loss_first"], list(state["val"])
-        self._skipped = int(state["skipped"])
+        """``replayed``: records of steps after the state was saved, told apart from it."""
+        if "val" in state:
+            self._first, self._val = state["loss_first"], list(state["val"])
+            self._skipped = int(state["skipped"])
+        for record in state.get("replayed", ()):
+            self._count(record)
+
+    def _count(self, record: StepRecord) -> None:
+        if self._first is None:
+            self._first = record.loss
+        self._last = record
+        self._skipped += record.skipped
 
     def interrupted(self, signal_name: str) -> None:
         info = self._info
         if info is not None and info.rank == 0:
             with self._lock:
+                if self._over:  # the loop was faster, and knows more
+                    return
                 # A rank that failed takes the others with it by this same signal.
                 known = _read(info.folder / "summary.json")
                 if known.get("status") == "failed":
@@ -91,6 +103,7 @@ class Summary(Observer):
         if info is None:
             return
         with self._lock:
+            self._over = True
             if info.rank == 0:
                 self._write(info, status, detail)
             elif status == "failed":
@@ -103,7 +116,7 @@ class Summary(Observer):
 
     def _write(self, info: RunInfo, status: str, detail: str) -> None:
         recent = list(self._recent)
-        last = recent[-1] if recent else None
+        last = self._last
         step_ms = _median(recent, "step_ms")
         comm_ms, exposed_ms = _median(recent, "comm_ms"), _median(recent, "exposed_comm_ms")
         values = {

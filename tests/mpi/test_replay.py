@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hpcsync.checkpoint import random_state, state
 from hpcsync.checkpoint.replay import ReplayLog, chain
 from hpcsync.checkpoint.replay import log as log_module
+from hpcsync.checkpoint.replay.background import Background
 from hpcsync.checkpoint.replay.records import scan
 from hpcsync.config import CommConfig, CompressConfig, TrainConfig
 from hpcsync.engine import Engine, make_optimizer
@@ -294,6 +295,8 @@ def test_one_slot_is_torn(folder: Path) -> None:
         ({"codec": "bf16"}, "section"),
         ({"comm": {"bucket_mb": 3 * KIB}}, "section"),
         ({"train": {"optimizer": "onebit_adam"}}, "section"),
+        ({"train": {"beta2": 0.9}}, "section"),
+        ({"train": {"weight_decay": 0.3}}, "section"),
         ({"step": 4}, "begins at step 0, not at step 4"),
     ],
 )
@@ -332,6 +335,30 @@ def test_checkpoints_on_the_way(folder: Path) -> None:
     state = states[5]
     assert recovered(folder, state, "topk", step=5) == 7
     same(state, states[7])
+
+
+def test_what_the_replay_leaves_behind_goes_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a checkpoint begins a file of the same name."""
+    lost = Run(1, "none")
+    states = [lost.state()]
+    log = lost.log(folder)
+    log.start(0)
+    for number in range(1, 6):
+        lost.step(number, log)
+        states.append(lost.state())
+        if number == 4:
+            log.start(4)
+    log.close()
+    lost.close()
+    if RANK == 0:
+        os.truncate(mine(folder), mine(folder).stat().st_size - 1)
+    WORLD.Barrier()
+    monkeypatch.setattr(Background, "remove", lambda *_: None)
+    assert recovered(folder, states[0], "none") == 3
+    same(states[0], states[3])
+    assert list(chain.logs(folder, RANK)) == [0]
 
 
 def test_a_disk_that_fails(

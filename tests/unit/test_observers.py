@@ -373,7 +373,7 @@ def test_a_summary_is_of_the_whole_run(tmp_path: Path) -> None:
     first.stepped(record(1, skipped=True))
     again = Summary()
     again.resumed(first.state())
-    again.started(info(tmp_path, first_step=1))
+    again.started(info(tmp_path, first_step=1, checkpoint_step=1))
     again.stepped(record(2))
     again.checkpointed(CheckpointRecord(step=2))
     found = summary(tmp_path)
@@ -383,3 +383,47 @@ def test_a_summary_is_of_the_whole_run(tmp_path: Path) -> None:
     found = summary(tmp_path)
     assert (found["loss_first"], found["val_loss_first"], found["skipped"]) == (4.9, 8.0, 1)
     assert (found["checkpoint_step"], found["checkpoints_failed"]) == (2, 1)
+
+
+def test_a_summary_counts_what_was_replayed(tmp_path: Path) -> None:
+    """The state is that of a checkpoint before the first step."""
+    again = Summary()
+    again.resumed(Summary().state())
+    again.resumed({"replayed": [record(1, loss=7.0), record(2, loss=6.0, skipped=True)]})
+    again.started(info(tmp_path, first_step=2, checkpoint_step=0))
+    again.evaluated(2, 5.0)
+    again.ended("done", "")
+    found = summary(tmp_path)
+    names = ("steps", "first_step", "checkpoint_step", "loss_first", "loss_last", "skipped")
+    assert [found[name] for name in names] == [2, 2, 0, 7.0, 6.0, 1]
+    assert found["step_ms"] is None
+    assert found["val_loss"] == 5.0
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_held_out_loss_of_the_last_row_is_filled_in(tmp_path: Path, lost: bool) -> None:
+    """If the replay ended at a step whose row, or the loss in it, was lost."""
+    first = Metrics()
+    first.started(info(tmp_path))
+    first.stepped(record(1))
+    if not lost:
+        first.evaluated(2, 4.5)
+        first.stepped(record(2))
+    first.ended("done", "")
+    again = Metrics()
+    again.resumed({"replayed": [record(1), record(2)]})
+    again.started(info(tmp_path, first_step=2))
+    again.evaluated(2, 5.5)
+    again.stepped(record(3))
+    again.ended("done", "")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        found = [(row["step"], row["val_loss"]) for row in csv.DictReader(file)]
+    assert found == [("1", ""), ("2", "5.5" if lost else "4.5"), ("3", "")]
+
+
+def test_a_signal_that_is_heard_late_does_not_hide_how_the_run_ended(tmp_path: Path) -> None:
+    observer = Summary()
+    run(observer, info(tmp_path), status="interrupted")
+    before = summary(tmp_path)
+    observer.interrupted("SIGTERM")
+    assert summary(tmp_path) == before

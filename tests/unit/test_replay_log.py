@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcsync.checkpoint.replay import chain, records
+from hpcsync.checkpoint.replay.background import Background
 from hpcsync.checkpoint.replay.records import HEAD_BYTES, Writer, scan
 from hpcsync.checkpoint.replay.slots import Slots
 
@@ -251,3 +253,31 @@ def test_files_of_ranks_that_are_no_more(tmp_path: Path) -> None:
         for rank in (2, 11)
         for what in ("from-00000000.log", "slot-0", "slot-1")
     }
+
+
+def test_a_name_that_is_used_again_is_spared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its file still waits to be deleted or is being deleted."""
+    first, second, third = (tmp_path / name for name in "abc")
+    for path in (first, second, third):
+        path.write_text("old")
+    begun, gate, real = threading.Event(), threading.Event(), Path.unlink
+
+    def slow(path: Path, missing_ok: bool = False) -> None:
+        begun.set()
+        assert gate.wait(60)
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    background = Background(list)
+    background.remove([first, second, third])
+    assert begun.wait(60)
+    background.spare(second)
+    second.write_text("new")
+    threading.Timer(0.05, gate.set).start()
+    background.spare(first)
+    assert not first.exists()
+    first.write_text("new")
+    background.close()
+    assert [path.exists() for path in (first, second, third)] == [True, True, False]

@@ -21,6 +21,7 @@ class Background:
         self._files = files
         self._every_s = every_s
         self._doomed: list[Path] = []
+        self._deleting: Path | None = None
         self._wake = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._run, name="hpcsync-replay", daemon=True)
@@ -30,13 +31,20 @@ class Background:
         """Delete files soon."""
         with self._wake:
             self._doomed += paths
-            self._wake.notify()
+            self._wake.notify_all()
+
+    def spare(self, path: Path) -> None:
+        """Delete a file no more, since another is about to have its name; waits if it is being
+        deleted."""
+        with self._wake:
+            self._doomed = [each for each in self._doomed if each != path]
+            self._wake.wait_for(lambda: self._deleting != path)
 
     def close(self) -> None:
         """Delete what is left, and stop."""
         with self._wake:
             self._open = False
-            self._wake.notify()
+            self._wake.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
@@ -44,14 +52,17 @@ class Background:
             with self._wake:
                 if self._open and not self._doomed:
                     self._wake.wait(self._every_s)
-                doomed, self._doomed = self._doomed, []
+                self._deleting = path = self._doomed.pop(0) if self._doomed else None
                 going = self._open
-            for path in doomed:
+            if path is not None:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-            if not going:
+                with self._wake:
+                    self._deleting = None
+                    self._wake.notify_all()
+            elif not going:
                 return
-            if not doomed:
+            else:
                 for fd in self._files():
                     _flush(fd)
 

@@ -81,6 +81,8 @@ class ReplayLog:
             "nodes": [list(ranks) for ranks in runtime.topology.nodes],
             "setup": _setup(engine, reducer, comm),
         }
+        self._next_lineage = lineage
+        self._swept = False
         self._own = OwnState(engine.model, reducer)
         self._slots = Slots(chain.slot_paths(folder, runtime.rank))
         self._writer: Writer | None = None
@@ -97,21 +99,28 @@ class ReplayLog:
 
         The first call of a process forgets all that earlier ones logged.
         """
-        first = self._writer is None and not self.problem
         self._close()
         self.problem = ""
+        self._identity["lineage"] = self._next_lineage
         self._watch()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if first:
+            if not self._swept:
                 self._sweep()
+                self._swept = True
             path = chain.log_path(self._folder, self._runtime.rank, step)
+            self._background.spare(path)
             path.unlink(missing_ok=True)
             self._writer = Writer(path)
             self._writer.begin()
             self._writer.finish(step, chain.header(self._identity, step))
         except OSError as error:
             self._give_up(error.strerror or str(error))
+
+    def rename(self, lineage: str) -> None:
+        """From the next ``start`` on, logs are of another lineage: their checkpoints are not those
+        that the run had before at the same steps."""
+        self._next_lineage = lineage
 
     def record(self, result: StepNumbers) -> None:
         """Log a step; right after ``Engine.step``, on all ranks. Collective where the buckets are
@@ -218,12 +227,14 @@ class ReplayLog:
 
     def _go_on(self, last: chain.Logged) -> None:
         """Write behind the last step that was replayed; what was logged after it goes."""
-        for path in chain.logs(self._folder, self._runtime.rank).values():
-            if path > last.record.path:
-                self._background.remove([path])
         self._keepers, self._exchange, self.problem = None, {}, ""
+        self._swept = True
         self._watch()
         try:
+            # At once: a checkpoint may soon begin a file of the same name.
+            for begin, path in chain.logs(self._folder, self._runtime.rank).items():
+                if begin >= last.record.step:
+                    path.unlink(missing_ok=True)
             self._writer = Writer(last.record.path, last.record.stop)
         except OSError as error:
             self._give_up(error.strerror or str(error))
@@ -279,10 +290,19 @@ def _setup(engine: EngineLike, reducer: Reducer, comm: CommConfig) -> str:
     compression = reducer.compression
     told = {
         "parameters": [[n, list(p.shape), str(p.dtype)] for n, p in reducer.parameters.items()],
-        "optimizer": type(engine.optimizer).__name__,
+        "optimizer": [type(engine.optimizer).__name__, _groups(engine.optimizer)],
         "comm": {name: getattr(comm, name) for name in names},
         "compress": dataclasses.asdict(compression.deck) if compression else None,
         "seed": compression.seed if compression else None,
     }
     words = json.dumps(told, sort_keys=True, default=str)
     return str(xxhash.xxh3_128_hexdigest(words.encode()))
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Its settings, group by group, but for the rate, which each step tells."""
+    return [
+        {key: value for key, value in group.items() if key not in ("lr", "params")}
+        | {"parameters": len(group["params"])}
+        for group in optimizer.param_groups
+    ]
