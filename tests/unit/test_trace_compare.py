@@ -65,7 +65,7 @@ def test_what_got_slower_is_named(tmp_path: Path) -> None:
     assert lane(found, "forward").verdict == "same"
     assert whole.low < whole.change < whole.high
     assert {each.verdict for each in found.buckets} == {"slower"}
-    assert compared(tmp_path, {"rail_ms": 6.0}, {}).lanes[0].verdict == "faster"
+    assert compared(tmp_path / "back", {"rail_ms": 6.0}, {}).lanes[0].verdict == "faster"
 
 
 def test_a_change_within_the_noise_is_not_told(tmp_path: Path) -> None:
