@@ -235,7 +235,7 @@ def _info(
     parts: Parts,
     folder: Path,
     run_id: str,
-    checkpoint_step: int | None,
+    checkpoint_step: int | None = None,
 ) -> RunInfo:
     from .observers import RunInfo
 
