@@ -179,8 +179,9 @@ class Reducer:
         """What later exchanges on this rank depend on: the order of the buckets, and what codecs
         hold back, by parameter (``held``), which belongs to this rank of this many. Collective.
         """
+        settled = self.settled_state()  # first: stores are those of the layout that it leaves
         held = memory.state(self._buckets, self._described) if self._compression else {}
-        return self.settled_state() | {"held": held}
+        return settled | {"held": held}
 
     def settled_state(self) -> dict[str, Any]:
         """``state_dict`` without ``held``; collective."""
