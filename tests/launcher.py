@@ -27,6 +27,9 @@ SHM_PREFIX = "hpcsync-"
 MARK = "HPCSYNC_TEST_JOB"
 # How long what is on its way out may take before it counts as left behind.
 GRACE_S = 10.0
+# mpirun lists the machine's network interfaces when it starts, and gives up where one goes away
+# meanwhile, as those of a virtual cluster do some time after its end. No process was started then.
+_NOT_STARTED = "The PMIx server's listener thread failed to start"
 
 
 def find_mpirun() -> str | None:
@@ -140,17 +143,20 @@ class Job:
         self.mark = uuid.uuid4().hex
         self._segments = shared_memory()
         self._began = time.monotonic()
-        # Its own session: signals meant for the job must not reach pytest.
-        self.process = subprocess.Popen(
+        self._env, self._cwd = environment({**(env or {}), MARK: self.mark}), cwd
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             self.command,
-            env=environment({**(env or {}), MARK: self.mark}),
-            cwd=cwd,
+            env=self._env,
+            cwd=self._cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,
+            start_new_session=True,  # signals meant for the job must not reach pytest
         )
 
     def signal(self, number: signal.Signals) -> None:
@@ -169,6 +175,9 @@ class Job:
         timed_out = False
         try:
             stdout, stderr = self.process.communicate(timeout=timeout)
+            if _NOT_STARTED in stderr:
+                self.process = self._start()
+                stdout, stderr = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             timed_out = True
             self.kill()
