@@ -206,7 +206,8 @@ def contender(workload: Workload, name: str) -> Traced:
     """A contender with a fresh copy of the model; collective."""
     import copy
 
-    from hpcsync.engine import Engine, make_optimizer
+    from hpcsync.engine import Engine
+    from hpcsync.optimizers import make_optimizer
     from hpcsync.parallel import DataParallel
     from hpcsync.trace.recorder import Recorder
 
