@@ -110,12 +110,12 @@ def test_faults() -> None:
 
 def test_weights_to_begin_with_are_looked_at(tmp_path: Path) -> None:
     """They must be the model's, which has no memory here."""
-    words = ("model.name=mlp", "model.layers=1", "model.hidden=8", "data.name=digits")
-    config = configs.load(None, words)
+    words = ("model.name=mlp", "model.layers=1", "data.name=digits")
+    config = configs.load(None, [*words, "model.hidden=8"])
     there = tmp_path / "w.pt"
     torch.save(models.build(config.model, data.build(config)).state_dict(), there)
     given = f"model.init_from={there}"
-    assert "model" in report(*words, given)
+    assert "model" in report(*words, "model.hidden=8", given)
     with pytest.raises(ModelError, match="does not fit the model"):
         report(*words, "model.hidden=9", given)
     with pytest.raises(ModelError, match="no such file"):
