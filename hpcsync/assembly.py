@@ -19,11 +19,12 @@ from .checkpoint import random_state
 from .config import CompressConfig, Config, dump
 from .data import Sampler, Source
 from .device import kernels
-from .engine import Engine, ExhaustedError, compile_model, make_optimizer, memory_errors
+from .engine import Engine, ExhaustedError, compile_model, memory_errors
 from .errors import DataError, UserError
 from .launch import Runtime
 from .observers.trace import Traces
 from .onebit_adam import OneBitAdam
+from .optimizers import make_optimizer
 from .parallel import DataParallel
 from .stopping import StoppedError, StopSignals
 

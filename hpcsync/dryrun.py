@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import banner, codecs, data, models
+from . import banner, codecs, data, models, weights
 from . import config as configs
 from .collectives import choice
 from .collectives.coding import settings_of
@@ -181,7 +181,7 @@ def measure(config: Config, source: Source, micro: int) -> Sizes:
     """Build the model without memory and see what it holds.
 
     Raises:
-        ModelError: it cannot be built.
+        ModelError: it cannot be built, or the weights of ``model.init_from`` are not its.
     """
     with FakeTensorMode():
         model = models.build(config.model, source)
@@ -198,11 +198,14 @@ def measure(config: Config, source: Source, micro: int) -> Sizes:
             for name, p in model.named_parameters()
             if p.requires_grad
         )
-        return Sizes(
+        sizes = Sizes(
             counts=models.parameter_counts(model),
             parameters=parameters,
             activations=_activations(model, config, source, micro),
         )
+    if given := config.model.init_from:
+        weights.fits(model, given, strict=config.model.init_strict)
+    return sizes
 
 
 def _activations(model: nn.Module, config: Config, source: Source, micro: int) -> int | None:

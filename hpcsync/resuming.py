@@ -7,7 +7,7 @@ take_up   on all ranks, when the parts of the run are built: their state
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,10 +109,21 @@ def take_up(runtime: Runtime, config: Config, parts: Parts, plan: Plan) -> Taken
     anew = anew or any(key.startswith("data.") for key in plan.allowed)
     if not parts.load(State(loaded.common, own), anew=anew) or loaded.own is None:
         parts.parallel.reducer.deal(loaded.held)
+        _tell_of_loss(runtime, loaded.held, parts)
     if runtime.rank == 0:
         _say(f"goes on after step {manifest.step}, from {where}")
     loaded.checkpoint.close()
     return TakenUp(step=manifest.step, run=loaded.common.get("run", {}), place=plan.folder)
+
+
+def _tell_of_loss(runtime: Runtime, held: Sequence[Mapping[str, Any]], parts: Parts) -> None:
+    """Warn where what codecs held back has nobody to go to; collective."""
+    given, taken = runtime.allreduce_scalar([any(held), bool(parts.parallel.reducer.held)])
+    if given and not taken and runtime.rank == 0:
+        _say(
+            "warning: these ranks code no gradients, so what codecs held back is dropped: as if "
+            "the last steps had been coded without error feedback"
+        )
 
 
 def _named(path: Path, arguments: Arguments) -> tuple[Path | None, list[Path]]:

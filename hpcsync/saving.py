@@ -18,8 +18,9 @@ import torch
 from . import __version__, launch, resuming
 from .assembly import Parts
 from .checkpoint import folder as folders
+from .checkpoint.contract import About, Outcome, Taken
 from .checkpoint.replay import ReplayLog
-from .checkpoint.saver import About, Outcome, Saver, Taken
+from .checkpoint.saver import Saver
 from .checkpoint.state import component
 from .config import Config, dump
 from .engine import StepResult

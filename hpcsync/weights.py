@@ -19,6 +19,9 @@ from .errors import ModelError
 
 _COMPILED, _WRAPPED, _OURS = "_orig_mod", "module.", "model/"
 _SHOWN = 3  # names of each kind that a message lists
+_WHERE = "model.init_from: "
+_FIX = "use the model.* keys of those weights"
+_LOOSE = ", or model.init_strict=false to take what fits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,18 @@ def load(model: nn.Module, source: str, *, strict: bool = True) -> Loaded:
         ModelError: it does not fit; the model is as it was.
         UserError: it cannot be read.
     """
-    fix = "use the model.* keys of those weights"
-    loose = ", or model.init_strict=false to take what fits"
-    where = f"model.init_from: {source}"
-    return put(model, read(source), where, fix=fix, loose=loose, strict=strict)
+    return put(model, read(source), _WHERE + source, fix=_FIX, loose=_LOOSE, strict=strict)
+
+
+def fits(model: nn.Module, source: str, *, strict: bool = True) -> Loaded:
+    """What ``load`` would take; the model may be without memory, and is left as it is.
+
+    Raises:
+        ModelError: it does not fit.
+        UserError: it cannot be read.
+    """
+    found = read(source)
+    return check(model, found, _WHERE + source, fix=_FIX, loose=_LOOSE, strict=strict)[0]
 
 
 def put(

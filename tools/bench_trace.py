@@ -20,6 +20,8 @@ the trace says of communication beside the difference between steps with and wit
     exposed   share of a step: by the trace, and by (traced - none) / traced
     overlap   hidden share of communication: by the trace, and by
               1 - (traced - none) / (serial - none)
+
+with the interval in which 95% of the measured shares of resampled rounds lie.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,7 +206,8 @@ def contender(workload: Workload, name: str) -> Traced:
     """A contender with a fresh copy of the model; collective."""
     import copy
 
-    from hpcsync.engine import Engine, make_optimizer
+    from hpcsync.engine import Engine
+    from hpcsync.optimizers import make_optimizer
     from hpcsync.parallel import DataParallel
     from hpcsync.trace.recorder import Recorder
 
@@ -287,14 +290,21 @@ class Bench:
         with trace.open(self.folder) as found:
             told = summarise(found, found.ranks)
         share = next(part.share for part in told.parts if part.name == "exposed")
-        # A trace tells means, too.
-        own, none, serial = (
-            sum(self.contenders[name].samples["seconds"]) for name in ("traced", "none", "serial")
+        names = ("traced", "none", "serial")
+        rounds = list(
+            zip(*(self.contenders[name].samples["seconds"] for name in names), strict=True)
         )
-        exposed, hidden = (own - none) / own, 1 - (own - none) / (serial - none)
         return [
-            {"name": "exposed", "trace": share, "measured": exposed},
-            {"name": "overlap", "trace": told.overlap, "measured": hidden},
+            {
+                "name": name,
+                "trace": told_share,
+                "measured": measured(rounds),
+                "ci": resampled(rounds, measured),
+            }
+            for name, told_share, measured in (
+                ("exposed", share, exposed_share),
+                ("overlap", told.overlap, hidden_share),
+            )
         ]
 
     def close(self) -> None:
@@ -303,10 +313,25 @@ class Bench:
             each.close()
 
 
-def resampled(values: list[float]) -> tuple[float, float]:
-    """Between which 95% of medians of resampled values lie (Efron, Annals of Statistics, 1979)."""
+def exposed_share(rounds: Sequence[tuple[float, float, float]]) -> float:
+    """Of a step, by seconds with communication, without, and with all of it after the backward
+    pass; of means, since a trace tells means."""
+    own, none, _ = (sum(each) for each in zip(*rounds, strict=True))
+    return (own - none) / own
+
+
+def hidden_share(rounds: Sequence[tuple[float, float, float]]) -> float:
+    """Of communication; as ``exposed_share``."""
+    own, none, serial = (sum(each) for each in zip(*rounds, strict=True))
+    return 1 - (own - none) / (serial - none)
+
+
+def resampled(
+    values: Sequence[Any], of: Callable[[Sequence[Any]], float] = median
+) -> tuple[float, float]:
+    """Between which 95% of those of resampled values lie (Efron, Annals of Statistics, 1979)."""
     source = random.Random(0)
-    found = sorted(median(source.choices(values, k=len(values))) for _ in range(RESAMPLED))
+    found = sorted(of(source.choices(values, k=len(values))) for _ in range(RESAMPLED))
     return found[int(0.025 * RESAMPLED)], found[int(0.975 * RESAMPLED)]
 
 
@@ -343,7 +368,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 COSTS = ["contender", "step(ms)", "cpu(ms)", "x_step", "95%", "x_cpu", "95%"]
-TRUTHS = ["share", "trace", "measured", "points"]
+TRUTHS = ["share", "trace", "measured", "95%", "points"]
 
 
 def tell(options: argparse.Namespace, head: dict[str, str], bench: Bench) -> None:
@@ -366,6 +391,7 @@ def tell(options: argparse.Namespace, head: dict[str, str], bench: Bench) -> Non
             row["name"],
             f"{row['trace']:.3f}",
             f"{row['measured']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["ci"]),
             f"{100 * (row['trace'] - row['measured']):+.1f}",
         ]
         for row in truths

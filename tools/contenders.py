@@ -138,7 +138,8 @@ class Workload:
 
     def contender(self, name: str, *, find_unused: bool = False) -> Contender:
         """A contender with a fresh copy of the model; collective."""
-        from hpcsync.engine import Engine, make_optimizer
+        from hpcsync.engine import Engine
+        from hpcsync.optimizers import make_optimizer
 
         model = copy.deepcopy(self.model)
         if name == "none":

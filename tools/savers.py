@@ -169,7 +169,8 @@ class Ours:
     """The saver of ``hpcsync.train``, with what it asks of a training loop."""
 
     def __init__(self, runtime: Any, state: State, scratch: Path) -> None:
-        from hpcsync.checkpoint.saver import About, Saver, Taken
+        from hpcsync.checkpoint.contract import About, Taken
+        from hpcsync.checkpoint.saver import Saver
         from hpcsync.config import CheckpointConfig
 
         self._runtime, self._outcome, self._count = runtime, None, 0

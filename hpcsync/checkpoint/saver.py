@@ -18,16 +18,13 @@ training goes on, and what was written aside is removed.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from ..config import CheckpointConfig
 from ..errors import CollectiveTimeout
@@ -35,67 +32,20 @@ from ..intervals import parse
 from ..runtime import Runtime
 from ..trace.recorder import CHECKPOINT, Recorder, now
 from . import folder as folders
+from .contract import About, Outcome, StepLog, Taken
 from .files import Files, Share
 from .layout import TensorMeta
 from .manifest import Document, own_prefix
+from .publisher import Publisher, in_one_line, say
 from .snapshot import Filled, HostBuffer
 from .state import Flat, flatten
 from .triggers import Triggers
 from .worker import Worker
-from .writer import Part, publish
+from .writer import Part
 
 _PAUSE_S = 0.005
 _CLOSE_S = 1.0
 _TELL_S = 10.0  # of waiting for a disk, before it is told
-
-
-class StepLog(Protocol):
-    """Keeps what came after a checkpoint, so that a resumed run need not compute it again."""
-
-    def start(self, step: int) -> None:
-        """The snapshot of ``step`` was taken: what comes now follows on it."""
-
-    def published(self, step: int) -> None:
-        """It is whole on disk: what came before it is not needed any more."""
-
-
-class Taken(NamedTuple):
-    """The state of a run at a step, as trees; see ``state``.
-
-    Attributes:
-        common: the same on all ranks, but for the tensors of ``Saver``'s ``first_only``.
-        own: this rank's.
-    """
-
-    common: Mapping[str, Any]
-    own: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class About:
-    """What a checkpoint says of its run; texts."""
-
-    run_id: str
-    config: str
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of a checkpoint, the same on all ranks but for times.
-
-    Attributes:
-        problem: why it was not saved, if so: one line.
-        nbytes: that this rank wrote.
-        stall_s: for which training stood still on this rank.
-        durable_s: from the snapshot until it was known to be whole.
-    """
-
-    step: int
-    problem: str = ""
-    nbytes: int = 0
-    stall_s: float = 0.0
-    durable_s: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,6 +100,7 @@ class Saver:
         self._state, self._told, self._recorder = state, told, recorder
         self._checkpoints = folder / folders.FOLDER
         self._triggers = Triggers(parse(config.every), folder, config.mtbf_h * 3600)
+        self._publisher = Publisher(self._checkpoints, config)
         self._files = Files(runtime, first_only, of_nodes=config.files == "node")
         self._worker = Worker("hpcsync-checkpoint")
         self._free = [HostBuffer(pinned), HostBuffer(pinned)]
@@ -264,21 +215,21 @@ class Saver:
             save.common = flatten(common)
             save.own = flatten(own, own_prefix(self._runtime.rank))
         except Exception as error:
-            save.problem = _line(error)
+            save.problem = in_one_line(error)
         # Collective where ranks share a file, so that no rank may leave it out.
         try:
             share = self._files.share(save.common, save.own)
         except CollectiveTimeout:
             raise
         except Exception as error:
-            save.problem = save.problem or _line(error)
+            save.problem = save.problem or in_one_line(error)
         if share is not None and not save.problem:
             try:
                 tensors = save.common.tensors | save.own.tensors  # type: ignore[union-attr]
                 filled = save.buffer.fill(tensors, share.pieces)
                 save.nbytes = sum(piece.nbytes for piece in share.pieces)
             except Exception as error:  # no memory, say
-                save.problem = _line(error)
+                save.problem = in_one_line(error)
         self._writing.append(save)
         if save.problem or share is None:
             save.problem = save.problem or "another rank's state cannot be stored"
@@ -299,7 +250,7 @@ class Saver:
             aside.mkdir(parents=True, exist_ok=True)
             save.written = self._files.writer.write(aside, share.datasets, filled)
         except Exception as error:
-            save.problem = _line(error, aside)
+            save.problem = in_one_line(error, aside)
         finally:
             save.done = True
 
@@ -325,57 +276,24 @@ class Saver:
         parts = self._runtime.gather_object((save.written, save.own.skeleton, metas))
         save.done = self._runtime.rank != 0
         if parts is not None:
-            document = self._document(save, [skeleton for _, skeleton, _ in parts])
             assert save.common is not None
-            every = [
-                *self._files.metas(save.common),
-                *(meta for _, _, own in parts for meta in own),
-            ]
+            skeletons = [skeleton for _, skeleton, _ in parts]
+            document = self._about.document(
+                save.step, self._runtime.topology.nodes, save.common.skeleton, skeletons
+            )
+            every = [*self._files.metas(save.common), *(m for _, _, own in parts for m in own)]
             written = [part for part, _, _ in parts]
             self._worker.submit(lambda: self._publish(save, document, every, written), first=True)
         save.common = save.own = None  # they keep what was trained alive
         self._publishing.append(save)
 
-    def _document(self, save: _Save, own: list[Any]) -> Document:
-        assert save.common is not None
-        skeleton = save.common.skeleton
-        return Document(
-            step=save.step,
-            tokens=int(skeleton.get("tokens", 0)),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            run_id=self._about.run_id,
-            nodes=self._runtime.topology.nodes,
-            versions=self._about.versions,
-            config=self._about.config,
-            common=skeleton,
-            own=tuple(own),
-        )
-
     def _publish(
         self, save: _Save, document: Document, metas: list[TensorMeta], parts: list[Part]
     ) -> None:
-        place = self._checkpoints
-        aside = folders.aside(place, save.step)
         try:
-            publish(aside, place / folders.step_name(save.step), document, metas, parts)
-        except Exception as error:
-            save.problem = _line(error, aside)
-        else:
-            self._tidy(save.step)
+            save.problem = self._publisher.publish(document, metas, parts)
         finally:
             save.done = True
-
-    def _tidy(self, step: int) -> None:
-        """What may fail without harm to the checkpoint, each without harm to the other."""
-        place, config = self._checkpoints, self._config
-        for tidy in (
-            lambda: folders.set_latest(place, step),
-            lambda: folders.prune(place, config.keep, config.keep_every),
-        ):
-            try:
-                tidy()
-            except Exception as error:
-                self._say(f"warning: {place}: {_line(error)}")
 
     def _end(self, save: _Save, failed: bool) -> None:
         """A checkpoint is whole, or has failed somewhere."""
@@ -419,13 +337,4 @@ class Saver:
 
     def _say(self, text: str) -> None:
         if self._runtime.rank == 0:
-            with contextlib.suppress(OSError):
-                print(f"hpcsync: {text}", file=sys.stderr, flush=True)
-
-
-def _line(error: Exception, folder: Path | None = None) -> str:
-    """An error in one line; of a disk, with the place."""
-    if isinstance(error, OSError) and error.strerror:
-        where = error.filename or folder
-        return f"{error.strerror}: {where}" if where else error.strerror
-    return str(error).partition("\n")[0] or type(error).__name__
+            say(text)

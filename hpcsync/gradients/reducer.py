@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,10 +30,10 @@ from ..trace.recorder import DRIVEN, EXPOSED, FILL, now
 from . import memory
 from .auto import Auto
 from .bucket import Bucket, Transform
-from .checks import check_same
-from .compression import Compression, check
+from .compression import Compression
+from .layout import BucketLayout
 from .norms import total_norm
-from .plan import BucketPlan, Parameter, arena_bytes, place_buckets, plan_buckets
+from .plan import BucketPlan
 from .stats import StepComm, step_comm
 
 _MIB = 1 << 20
@@ -51,6 +50,10 @@ class Reducer:
         transform: makes what is exchanged in place of gradients.
         auto: choose codec, algorithm and bucket size from measurements.
 
+    Attributes:
+        layout: the parameters, and the buckets in force.
+        stats: of the last exchange.
+
     Raises:
         ModelError: the ranks' parameters differ, or a parameter is not in host memory.
     """
@@ -65,27 +68,20 @@ class Reducer:
         auto: bool = False,
     ) -> None:
         self._collectives = collectives
-        self._config = config
         self._compression = compression
         self.transform = transform
+        self.layout = BucketLayout(collectives, config, compression)
         self._auto: Auto | None = None
-        self._stale = False
-        self._order: list[int] = []
-        self._described: list[Parameter] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._buckets: list[Bucket] = []
         self._sync = True
         self._callback = False
-        self._seen_order: list[int] = []
-        self._keeping = False
-        self._keepers: tuple[tuple[int, Keeper], ...] = ()
-        self._exchanged: tuple[tuple[int, Keeper], ...] = self._keepers
+        self._exchanged = self.layout.keepers
         self.stats = StepComm()
         # Without a free core a thread beside the backward pass only takes time from it.
         self._drives = collectives.runtime.crowding * torch.get_num_threads() >= 1
         self._adopt_parameters(named)
         if compression is not None and auto:
-            self._auto = Auto(compression, config, self._described)
+            self._auto = Auto(compression, config, self.layout.described)
 
     @property
     def codec(self) -> str:
@@ -96,18 +92,18 @@ class Reducer:
     @property
     def buckets(self) -> tuple[BucketPlan, ...]:
         """The plan in force."""
-        return tuple(bucket.plan for bucket in self._buckets)
+        return self.layout.plans
 
     @property
     def algorithm(self) -> str:
         """The algorithm of the buckets' allreduce."""
-        names = {bucket.collective.algorithm for bucket in self._buckets}
+        names = {bucket.collective.algorithm for bucket in self.layout.buckets}
         return "+".join(sorted(names)) if names else "none"
 
     def plain_bytes(self) -> dict[str, int]:
         """Bytes that this rank would send to other nodes in a step without coding, by level."""
         found: dict[str, int] = {}
-        for bucket in self._buckets:
+        for bucket in self.layout.buckets:
             for level, sent in bucket.collective.plain_bytes().items():
                 found[level] = found.get(level, 0) + sent
         return found
@@ -145,16 +141,16 @@ class Reducer:
             self._abandon()
         if self._auto is not None and self._sync:
             self._auto.begin_step()
-        if _identity(param for _, param in named if param.requires_grad) != self._identity:
-            self._adopt_parameters(named)
-        else:
+        if self.layout.fits(named):
             self._settle()
+        else:
+            self._adopt_parameters(named)
 
     def close(self) -> None:
         """Take the hooks off the parameters and free the collectives; gradients stay local."""
         while self._hooks:
             self._hooks.pop().remove()
-        for bucket in self._buckets:
+        for bucket in self.layout.buckets:
             bucket.collective.close()
 
     def norm(self) -> Tensor:
@@ -164,7 +160,7 @@ class Reducer:
         It is made of norms a parameter in the order of registration, so that it does not depend
         on the buckets.
         """
-        grads = [param.grad for param in self._params if param.grad is not None]
+        grads = [param.grad for param in self.layout.params if param.grad is not None]
         return total_norm(grads)
 
     def finite(self) -> bool:
@@ -173,22 +169,22 @@ class Reducer:
 
     def rescale(self, factor: float) -> None:
         """Gradients come ``factor`` times as large from now on: what codecs hold back follows."""
-        memory.rescale(self._buckets, factor)
+        memory.rescale(self.layout.buckets, factor)
 
     def state_dict(self) -> dict[str, Any]:
         """What later exchanges on this rank depend on: the order of the buckets, and what codecs
         hold back, by parameter (``held``), which belongs to this rank of this many. Collective.
         """
         settled = self.settled_state()  # first: stores are those of the layout that it leaves
-        held = memory.state(self._buckets, self._described) if self._compression else {}
+        held = memory.state(self.layout.buckets, self.layout.described) if self._compression else {}
         return settled | {"held": held}
 
     def settled_state(self) -> dict[str, Any]:
         """``state_dict`` without ``held``; collective."""
         self._settle()  # the next step would, and the state is of the layout it begins with
-        names = [param.name for param in self._described]
+        layout = self.layout
         return {
-            "order": [names[index] for index in self._order] if self._ordered else [],
+            "order": [layout.names[index] for index in layout.order] if layout.ordered else [],
             "compression": self._compression.state() if self._compression else None,
             "auto": self._auto.state_dict() if self._auto else {},
         }
@@ -214,9 +210,9 @@ class Reducer:
             AgreedError: the state is of other parameters.
         """
         self.restore_settled(state, state["held"])
-        index_of = {param.name: index for index, param in enumerate(self._described)}
+        index_of = self.layout.index_of()
         held = {index_of[name]: parts for name, parts in state["held"].items()}
-        fits = memory.restore(held, self._buckets)
+        fits = memory.restore(held, self.layout.buckets)
         return bool(self._collectives.runtime.allreduce_scalar([fits], "min")[0])
 
     def restore_settled(self, state: Mapping[str, Any], names: Iterable[str] = ()) -> None:
@@ -228,21 +224,17 @@ class Reducer:
         Raises:
             AgreedError: the state is of other parameters.
         """
-        index_of = {param.name: index for index, param in enumerate(self._described)}
         problem: UserError | None = None
-        if not {*state["order"], *names} <= set(index_of):
+        if not {*state["order"], *names} <= set(self.layout.names):
             problem = UserError("exchange state: it belongs to a model of other parameters")
         self._collectives.runtime.agree(problem)
         if self._auto is not None:
             self._auto.load_state_dict(state["auto"])
-            self._config = self._auto.comm
+            self.layout.config = self._auto.comm
         if self._compression is not None and state["compression"]:
             self._compression.load_state(state["compression"])
-        if state["order"]:
-            self._order, self._ordered = [index_of[name] for name in state["order"]], True
-            self._seen_order = []
-        self._stale = False
-        self._build(self._order)
+        self.layout.restore(state["order"])
+        self._begin()
 
     @property
     def compression(self) -> Compression | None:
@@ -257,34 +249,27 @@ class Reducer:
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What is exchanged, by name."""
-        return dict(zip(self._names, self._params, strict=True))
+        return dict(zip(self.layout.names, self.layout.params, strict=True))
 
     @property
     def held(self) -> tuple[tuple[int, Held], ...]:
         """What codecs remember on this rank, each with its bucket's index."""
         return tuple(
-            (bucket.plan.index, held) for bucket in self._buckets for held in bucket.collective.held
+            (bucket.plan.index, held)
+            for bucket in self.layout.buckets
+            for held in bucket.collective.held
         )
 
     @property
     def keepers(self) -> tuple[tuple[int, Keeper], ...]:
         """What this rank keeps of each step's means, each with its bucket's index, after ``keep``;
         the same tuple as long as the buckets are the same ones."""
-        assert self._exchanged is self._keepers, "the buckets have changed since the exchange"
-        return self._keepers
+        assert self._exchanged is self.layout.keepers, "the buckets changed since the exchange"
+        return self._exchanged
 
     def keep(self) -> None:
         """Keep what a replay log needs, from the next exchange on."""
-        self._keeping = True
-        self._take_keepers()
-
-    def _take_keepers(self) -> None:
-        runtime = self._collectives.runtime
-        self._keepers = tuple(
-            (bucket.plan.index, keeper)
-            for bucket in self._buckets
-            for keeper in bucket.keepers(runtime.rank, runtime.size)
-        )
+        self.layout.keep()
 
     def deal(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Take up what another job's codecs held back, in place of what is held now; collective.
@@ -292,129 +277,47 @@ class Reducer:
         Args:
             states: ``held`` of some of that job's ranks: each of them on one rank of this one.
         """
-        sums = memory.Sums(self._described)
+        layout = self.layout
+        sums = memory.Sums(layout.described)
         for held in states:
             sums.add(held)
         pending = sums.over(self._collectives.runtime)
-        self._build(self._order)
+        layout.build()
+        self._begin()
         if self._compression is not None:
             topology = self._collectives.topology
             everybody = self._compression.config.where == "all"
             holders = self._collectives.runtime.size if everybody else topology.node_count
-            memory.deal_mean(pending, self._buckets, self._described, holders)
+            memory.deal_mean(pending, layout.buckets, layout.described, holders)
 
     def _adopt_parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-        wanted = [(name, param) for name, param in named if param.requires_grad]
-        self._names = [name for name, _ in wanted]
-        self._params = [param for _, param in wanted]
-        self._identity = _identity(self._params)
-        check_same(self._collectives.runtime, wanted)
+        self.layout.adopt(named)
+        self._begin()
+        self._ready: list[int] = []
         while self._hooks:
             self._hooks.pop().remove()
-        self._ordered = False
-        self._ready: list[int] = []
-        self._seen_order = []
-        described = [_describe(name, param) for name, param in wanted]
-        remembered = self._remembered()
-        self._described = described
-        if self._compression is not None:
-            made = self._compression
-            self._collectives.runtime.agree(check(made.codec, made.config, described))
-        for bucket in self._buckets:
-            bucket.collective.close()
-        # Gradients of before keep the old arena alive until they are moved or dropped.
-        self._buckets = []
-        self._arena = self._collectives.buffer(
-            max(arena_bytes(self._described), 1), pieces=2 * len(wanted)
-        )
-        self._order = list(range(len(wanted) - 1, -1, -1))
-        self._build(self._order)
-        memory.deal(remembered, self._buckets, self._described)
-        for index, param in enumerate(self._params):
+        for index, param in enumerate(self.layout.params):
             hook = _Hook(self, index)
             handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._hooks.append(handle)
 
     def _settle(self) -> None:
         """Lay the buckets out as the next step has them."""
-        if self._seen_order or self._stale:
-            self._order, self._seen_order = self._seen_order or self._order, []
-            if self._stale or self._plan(self._order) != self.buckets:
-                self._rebuild()
-
-    def _rebuild(self) -> None:
-        """Lay the buckets out by the order and the codec in force; nothing held back is lost."""
-        self._stale = False
-        remembered = self._remembered()
-        self._build(self._order)
-        memory.deal(remembered, self._buckets, self._described)
-
-    def _remembered(self) -> memory.Pending:
-        """What codecs hold back on this node."""
-        if self._compression is None or not self._buckets:
-            return {}
-        where = self._compression.config.where
-        return memory.gather(self._collectives, self._buckets, self._described, where)
-
-    def _plan(self, order: Sequence[int]) -> tuple[BucketPlan, ...]:
-        described = self._described
-        if self._compression is not None:
-            wants = self._compression.wants
-            described = [replace(param, coded=wants(param)) for param in described]
-        return plan_buckets(
-            described,
-            order,
-            int(self._config.bucket_mb * _MIB),
-            int(self._config.first_bucket_mb * _MIB),
-        )
-
-    def _build(self, order: Sequence[int]) -> None:
-        """Lay the buckets out anew, in the arena that is there: nothing more is taken."""
-        plans = self._plan(order)
-        starts, size = place_buckets(plans)
-        assert size <= self._arena.nbytes
-        # Gradients of before stand where others will.
-        held = [None if param.grad is None else param.grad.clone() for param in self._params]
-        for bucket in self._buckets:
-            bucket.collective.close()
-        self._buckets = [
-            Bucket(
-                plan,
-                self._params,
-                self._collectives,
-                self._arena,
-                start,
-                self._compression.coding(plan, self._described) if self._compression else None,
-                self._config,
-            )
-            for plan, start in zip(plans, starts, strict=True)
-        ]
-        self._place = {
-            index: (bucket, slot)
-            for bucket in self._buckets
-            for slot, index in enumerate(bucket.plan.params)
-        }
-        for index, grad in enumerate(held):
-            if grad is not None:
-                bucket, slot = self._place[index]
-                self._params[index].grad = grad
-                bucket.adopt(slot)
-        if self._keeping:
-            self._take_keepers()
-        self._begin()
+        if self.layout.settle():
+            self._begin()
 
     def _begin(self) -> None:
         """Forget the last exchange."""
-        self._used = [False] * len(self._params)
-        self._came = [False] * len(self._params)
+        self._used = [False] * len(self.layout.params)
+        self._came = [False] * len(self.layout.params)
         self._callback = False
         self._driven_ns = 0  # that the computing thread spent on rounds of the exchange
-        for bucket in self._buckets:
+        for bucket in self.layout.buckets:
             bucket.reset()
 
     def on_gradient(self, index: int) -> None:
         """A parameter's gradient is final for this backward pass."""
-        bucket, slot = self._place[index]
+        bucket, slot = self.layout.place[index]
         if bucket.launched or (self._sync and self._came[index]):
             self._late(index)
         with torch.no_grad():
@@ -427,12 +330,12 @@ class Reducer:
             self._collectives.recorder.count_step()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self._came[index] = True
-        if not self._ordered:
+        if not self.layout.ordered:
             self._ready.append(index)
         if bucket.pending == len(bucket.params):
             bucket.filling = now()
         bucket.pending -= 1
-        if bucket.pending == 0 and self._config.overlap:
+        if bucket.pending == 0 and self.layout.config.overlap:
             self._launch(bucket)
         if self._drives:
             start = now()
@@ -443,9 +346,9 @@ class Reducer:
 
     def _late(self, index: int) -> None:
         raise ModelError(
-            f"parameter {self._names[index]} got a gradient twice in one backward pass, after "
-            "its exchange could have begun; use checkpoint(..., use_reentrant=False), or wrap "
-            "all backward passes but the last in no_sync()"
+            f"parameter {self.layout.names[index]} got a gradient twice in one backward pass, "
+            "after its exchange could have begun; use checkpoint(..., use_reentrant=False), or "
+            "wrap all backward passes but the last in no_sync()"
         )
 
     def _launch(self, bucket: Bucket) -> None:
@@ -454,7 +357,7 @@ class Reducer:
             recorder = self._collectives.recorder
             recorder.add(FILL, bucket.filling, now(), bucket.plan.nbytes, bucket.plan.index)
         # Later buckets hold the layers at the front, which the next step needs first.
-        priority = -bucket.plan.index if self._config.priority else 0
+        priority = -bucket.plan.index if self.layout.config.priority else 0
         bucket.launch(used, priority)
 
     def _finish(self) -> None:
@@ -464,26 +367,26 @@ class Reducer:
             HpcsyncError: another rank's backward pass failed, so there is no mean.
         """
         with torch.no_grad():
-            for bucket in self._buckets:
+            for bucket in self.layout.buckets:
                 if not bucket.launched:
                     self._fill_unused(bucket)
                     self._launch(bucket)
             recorder, start = self._collectives.recorder, now()
             recorder.joined = start
-            for bucket in self._buckets:
+            for bucket in self.layout.buckets:
                 bucket.collective.wait()
             ended = now()
             recorder.add(EXPOSED, start, ended)
             began, waited = start / 1e9, (ended - start) / 1e9
             self.stats = step_comm(
-                [bucket.collective for bucket in self._buckets], waited, self._driven_ns / 1e9
+                [bucket.collective for bucket in self.layout.buckets], waited, self._driven_ns / 1e9
             )
-            self._exchanged = self._keepers
-            failed = any(bucket.failed_anywhere() for bucket in self._buckets)
+            self._exchanged = self.layout.keepers
+            failed = any(bucket.failed_anywhere() for bucket in self.layout.buckets)
             for index, used in enumerate(self._used):
-                bucket, slot = self._place[index]
+                bucket, slot = self.layout.place[index]
                 if not used and self._collectives.runtime.size > 1 and bucket.used_anywhere(slot):
-                    self._params[index].grad = bucket.views[slot]
+                    self.layout.params[index].grad = bucket.views[slot]
         self._ended(began)
         if failed:
             raise HpcsyncError(
@@ -493,25 +396,16 @@ class Reducer:
 
     def _ended(self, began: float) -> None:
         """An exchange is over, given up or not: all ranks count it, and agree on what follows."""
-        if not self._ordered:
-            self._agree_on_order()
+        if not self.layout.ordered:
+            self.layout.follow(self._ready)
         if self._compression is not None and self._compression.stepped():
-            self._stale = True
+            self.layout.stale = True
         if self._auto is not None and self._auto.finish_step(
-            self._buckets, self._order, self.stats, began
+            self.layout.buckets, self.layout.order, self.stats, began
         ):
-            self._config = self._auto.comm
-            self._stale = True
+            self.layout.config = self._auto.comm
+            self.layout.stale = True
         self._begin()
-
-    def _agree_on_order(self) -> None:
-        """Take the order in which rank 0's gradients became ready, from the next step on."""
-        self._ordered = True
-        order: list[int] = self._collectives.runtime.bcast(list(dict.fromkeys(self._ready)))
-        seen = set(order)
-        self._seen_order = order + [
-            index for index in range(len(self._params)) if index not in seen
-        ]
 
     def _abandon(self) -> None:
         """The last backward pass ended in an exception that somebody caught.
@@ -520,12 +414,12 @@ class Reducer:
         they can go on, or tell.
         """
         with torch.no_grad():
-            for bucket in self._buckets:
+            for bucket in self.layout.buckets:
                 if not bucket.launched:
                     bucket.launch([False] * len(bucket.params), 0, failed=True)
-            for bucket in self._buckets:
+            for bucket in self.layout.buckets:
                 bucket.collective.wait()
-        for param in self._params:
+        for param in self.layout.params:
             param.grad = None
         self._ended(time.perf_counter())
 
@@ -542,15 +436,6 @@ class Reducer:
             else:  # left from before, or set by the user: it counts
                 bucket.adopt(slot, self.transform)
                 self._used[index] = True
-
-
-def _describe(name: str, param: nn.Parameter) -> Parameter:
-    dtype = str(param.dtype).removeprefix("torch.")
-    return Parameter(name, param.numel(), dtype, param.itemsize, tuple(param.shape))
-
-
-def _identity(params: Iterable[nn.Parameter]) -> list[tuple[int, torch.dtype]]:
-    return [(id(param), param.dtype) for param in params]
 
 
 class _Hook:

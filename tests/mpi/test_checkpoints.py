@@ -24,8 +24,9 @@ from hpcsync import assembly, checkpoint, launch, resuming, train
 from hpcsync import config as configs
 from hpcsync.checkpoint import folder as folders
 from hpcsync.checkpoint import reader
+from hpcsync.checkpoint.contract import About, Outcome, Taken
 from hpcsync.checkpoint.files import Files
-from hpcsync.checkpoint.saver import About, Outcome, Saver, Taken
+from hpcsync.checkpoint.saver import Saver
 from hpcsync.checkpoint.writer import Part, PartWriter
 from hpcsync.config import CheckpointConfig, Config, TopologyConfig
 from hpcsync.engine import Engine
@@ -320,6 +321,22 @@ def test_other_nodes_take_over_what_codecs_held_back(folder: Path, comm: MPI.Int
         assert losses[1] == pytest.approx(losses[0][4:], rel=2e-3)
 
 
+def test_what_nobody_can_hold_back_any_more_is_told(
+    folder: Path, comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if SIZE < 2:
+        pytest.skip("one rank sends nothing")
+    words = ("compress.codec=int8", "compress.warmup=1", "compress.min_elements=64")
+    made, rest = folder / "made", folder / "rest"
+    assert run(*words, "topology.ranks_per_node=1", "--out", str(made)) == 0
+    capfd.readouterr()
+    one_node = ("topology.ranks_per_node=0", "--out", str(rest))
+    assert run(*words, *one_node, "--resume", step(made, 4)) == 0
+    comm.Barrier()
+    told = capfd.readouterr().err
+    assert ("what codecs held back is dropped" in told) == (comm.rank == 0)
+
+
 def tiny(*words: str) -> Config:
     given = {word.partition("=")[0] for word in words}
     return configs.load(
@@ -352,7 +369,7 @@ def test_nothing_that_codecs_held_back_is_lost_on_other_ranks_and_nodes(
         with checkpoint.open(path) as found:
             resuming.take_up(runtime, config, parts, resuming.Plan(candidates=(path,)))
             reducer = parts.parallel.reducer
-            before, after = (memory.Sums(reducer._described) for _ in range(2))
+            before, after = (memory.Sums(reducer.layout.described) for _ in range(2))
             for rank in range(runtime.rank, ranks, SIZE):
                 before.add(found.own(rank)["held"])
         after.add(parts.state().own["held"])

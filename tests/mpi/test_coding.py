@@ -238,8 +238,10 @@ def test_vectors_and_small_parameters_are_left_alone(wrap: Wrap) -> None:
 def pending(model: DataParallel) -> dict[str, list[Any]]:
     """All that is held back on all nodes together, by field and parameter."""
     reducer = model.reducer
-    where = reducer._compression.config.where
-    found = memory.gather(model.collectives, reducer._buckets, reducer._described, where)
+    where = reducer.compression.config.where
+    found = memory.gather(
+        model.collectives, reducer.layout.buckets, reducer.layout.described, where
+    )
     topology = model.collectives.topology
     # Every rank of a node has the node's; count it once.
     weight = 1.0 if where == "all" else 1.0 / len(topology.node(RANK))
@@ -256,8 +258,8 @@ def test_a_new_layout_of_buckets_forgets_nothing(wrap: Wrap, codec: str, width: 
     train(model, 3)
     before = pending(model)
     reducer = model.reducer
-    reducer._order = [2, 0, 3, 1]
-    reducer._rebuild()
+    reducer.layout.order = [2, 0, 3, 1]
+    reducer.layout.rebuild()
     after = pending(model)
     assert before.keys() == after.keys()
     for field, values in before.items():
@@ -283,13 +285,13 @@ def test_a_new_layout_keeps_what_means_lack(wrap: Wrap, where: str, dtype: torch
 
     def lacking() -> float:
         units = {OWNER: 1.0, SENDER: early / SIZE}
-        held = [each for bucket in reducer._buckets for each in bucket.collective.held]
+        held = [each for bucket in reducer.layout.buckets for each in bucket.collective.held]
         mine = [units[h.role] * h.store.read("error").astype(np.float64).sum() for h in held]
         return WORLD.allreduce(float(sum(mine)))
 
     before = lacking()
-    reducer._order = [2, 0, 3, 1]
-    reducer._rebuild()
+    reducer.layout.order = [2, 0, 3, 1]
+    reducer.layout.rebuild()
     assert lacking() == pytest.approx(before, rel=1e-4, abs=1e-6)
 
 

@@ -918,7 +918,7 @@ def test_gradients_are_views_of_the_buckets(wrap: Wrap) -> None:
             [param.grad.data_ptr() for param in ours.parameters() if param.grad is not None]
         )
     assert places[1] == places[2] == places[3]
-    for bucket in ours.reducer._buckets:
+    for bucket in ours.reducer.layout.buckets:
         assert all(bucket.holds(slot) for slot in range(len(bucket.params)))
 
 

@@ -119,9 +119,9 @@ def test_decks_and_overrides(tmp_path: Path) -> None:
     hpcsync.init(deck, ["comm.first_bucket_mb=0.5"])
     assert hpcsync.cross_size() == SIZE
     wrapped = hpcsync.DataParallel(model())
-    assert wrapped.reducer._config.bucket_mb == 3.0
-    assert wrapped.reducer._config.first_bucket_mb == 0.5
-    assert hpcsync.DataParallel(model(), bucket_cap_mb=7).reducer._config.bucket_mb == 7
+    assert wrapped.reducer.layout.config.bucket_mb == 3.0
+    assert wrapped.reducer.layout.config.first_bucket_mb == 0.5
+    assert hpcsync.DataParallel(model(), bucket_cap_mb=7).reducer.layout.config.bucket_mb == 7
     hpcsync.shutdown()
     for wrong in (["comm.bucket_mbs=1"], ["comm.bucket_mb=-1"], ["comm.bucket_mb=yes"]):
         with pytest.raises(ConfigError, match=r"comm\.bucket_mb"):

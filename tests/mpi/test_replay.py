@@ -22,9 +22,10 @@ from hpcsync.checkpoint.replay import log as log_module
 from hpcsync.checkpoint.replay.background import Background
 from hpcsync.checkpoint.replay.records import scan
 from hpcsync.config import CommConfig, CompressConfig, TrainConfig
-from hpcsync.engine import Engine, make_optimizer
+from hpcsync.engine import Engine
 from hpcsync.launch import Runtime
 from hpcsync.onebit_adam import OneBitAdam
+from hpcsync.optimizers import make_optimizer
 from hpcsync.parallel import DataParallel
 from hpcsync.topology import Topology
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hpcsync import config as configs
 from hpcsync import data, dryrun, exchange, models
@@ -105,6 +106,20 @@ def test_faults() -> None:
         report(ranks=4, nodes=8)
     with pytest.raises(ModelError, match="no_such_model"):
         report("model.name=no_such_model")
+
+
+def test_weights_to_begin_with_are_looked_at(tmp_path: Path) -> None:
+    """They must be the model's, which has no memory here."""
+    words = ("model.name=mlp", "model.layers=1", "data.name=digits")
+    config = configs.load(None, [*words, "model.hidden=8"])
+    there = tmp_path / "w.pt"
+    torch.save(models.build(config.model, data.build(config)).state_dict(), there)
+    given = f"model.init_from={there}"
+    assert "model" in report(*words, "model.hidden=8", given)
+    with pytest.raises(ModelError, match="does not fit the model"):
+        report(*words, "model.hidden=9", given)
+    with pytest.raises(ModelError, match="no such file"):
+        report(*words, f"model.init_from={there}x.pt")
 
 
 def test_ranks_are_placed_block_by_block() -> None:

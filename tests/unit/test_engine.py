@@ -18,10 +18,10 @@ from hpcsync.engine import (
     ExhaustedError,
     compile_model,
     is_out_of_memory,
-    make_optimizer,
     memory_errors,
 )
 from hpcsync.errors import NonFiniteError, UserError
+from hpcsync.optimizers import make_optimizer
 from hpcsync.rules import LossScale, learning_rate
 
 
