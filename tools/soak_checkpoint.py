@@ -52,6 +52,8 @@ DECK = (
 CODECS = {"onebit_adam": ["compress.codec=onebit", "train.optimizer=onebit_adam", "train.freeze=8"]}
 # Of the time that all steps take: so a chain has several kills, and comes to its end.
 KILLED_WITHIN = 0.4
+# Of mpirun, where a network interface goes away while it lists them.
+NOT_STARTED = "The PMIx server's listener thread failed to start"
 
 
 class Shape(NamedTuple):
@@ -108,6 +110,8 @@ class Soak:
             over = before == self.options.steps
             after_s = None if over else source.uniform(0.0, long_s * KILLED_WITHIN)
             killed, text = self._start(shape, run, after_s)
+            if NOT_STARTED in text:
+                continue
             self._taken_up(shape, before, text)
             if not killed:
                 break
