@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..topology import Topology
 from .costs import LinkCost
 
 FORMAT, VERSION = "hpcsync-costs", 1
@@ -47,16 +48,31 @@ class Place:
     partition: str = ""
 
     @classmethod
-    def here(cls, ranks: int, nodes: int, local: int, mpi: str) -> Place:
+    def here(cls, topology: Topology, mpi: str) -> Place:
         """That of a job which runs on this machine."""
-        partition = os.environ.get("SLURM_JOB_PARTITION", "")
         return cls(
-            ranks=ranks,
-            nodes=nodes,
-            local=local,
+            ranks=topology.size,
+            nodes=topology.node_count,
+            local=max(len(ranks) for ranks in topology.nodes),
             mpi=mpi,
             processor=processor(),
-            partition=partition,
+            partition=os.environ.get("SLURM_JOB_PARTITION", ""),
+        )
+
+    @classmethod
+    def parsed(cls, table: Mapping[str, Any]) -> Place:
+        """From what ``asdict`` made of one.
+
+        Raises:
+            KeyError, ValueError: it is not one.
+        """
+        return cls(
+            ranks=_natural("ranks", table["ranks"]),
+            nodes=_natural("nodes", table["nodes"]),
+            local=_natural("local", table["local"]),
+            mpi=_text("mpi", table["mpi"]),
+            processor=_text("processor", table["processor"]),
+            partition=_text("partition", table["partition"]),
         )
 
 
@@ -179,14 +195,7 @@ def _parsed(whole: Any) -> SavedCosts:
     if whole["version"] != VERSION:
         raise ValueError(f"version {whole['version']!r}, and this hpcsync reads {VERSION}")
     made = datetime.datetime.strptime(whole["made"], "%Y-%m-%dT%H:%M:%SZ")
-    place = Place(
-        ranks=_natural("ranks", whole["ranks"]),
-        nodes=_natural("nodes", whole["nodes"]),
-        local=_natural("local", whole["local"]),
-        mpi=_text("mpi", whole["mpi"]),
-        processor=_text("processor", whole["processor"]),
-        partition=_text("partition", whole["partition"]),
-    )
+    place = Place.parsed(whole)
     levels = {
         name: LinkCost(**{key: _seconds(key, value) for key, value in cost.items()})
         for name, cost in whole["levels"].items()

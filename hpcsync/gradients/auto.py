@@ -150,9 +150,7 @@ class Auto:
         runtime = self._compression.collectives.runtime
         found: SavedCosts | None = None
         if runtime.rank == 0:
-            topology = runtime.topology
-            local = max(len(ranks) for ranks in topology.nodes)
-            job = Place.here(topology.size, topology.node_count, local, mpi_library()[0])
+            job = Place.here(runtime.topology, mpi_library()[0])
             found, why = saved_costs.find(self._deck.costs, job)
             if found is not None:
                 why = f"auto: link as of {self._deck.costs}, {found.describe()}"

@@ -153,10 +153,7 @@ def _save(
             "costs of links: not saved, since a job had better not use the nodes named above; run "
             "again without them"
         )
-    topology = runtime.topology
-    place = saved_costs.Place.here(
-        topology.size, topology.node_count, max(len(ranks) for ranks in topology.nodes), mpi
-    )
+    place = saved_costs.Place.here(runtime.topology, mpi)
     made = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     whole = saved_costs.SavedCosts(made=made, place=place, levels=kept)
     try:
