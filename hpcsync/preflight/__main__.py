@@ -95,6 +95,8 @@ def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> rep
 
     nodes, slow = verdict()
     suspected = {each.what for each in slow}
+    if judge.slow_pairs(topology, levels["rail"], options.slow):
+        suspected.add("link")
     if suspected & {"product", "memory"}:
         rates = measuring.compute(rates)
     if "inside" in suspected:

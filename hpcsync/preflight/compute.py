@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-_WINDOWS = 3
-_WINDOW_S = 0.25
+_WINDOWS = 2
+_WINDOW_S = 0.2
 _WARM = 2  # calls that do not count
 
 

@@ -28,8 +28,8 @@ _CHUNKS = 32  # of a transfer
 _AHEAD = 4  # chunks that are being sent; more would let one direction starve the other
 _FIRST, _GROWTH = 1 << 18, 8  # bytes
 _LONG_ENOUGH_S = 0.2
-_TIMES = 3  # transfers that count
-_SLOW_S = 0.5  # where one takes so long, it alone counts
+_TIMES = 2  # transfers that count
+_SLOW_S = 2.0  # where one takes so long, it alone counts
 _PINGS = 30
 _WORD = 8
 
