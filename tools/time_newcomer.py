@@ -110,8 +110,8 @@ def start(folder: Path, command: str, env: dict[str, str]) -> Start:
 
 
 def _end(job: subprocess.Popen[str]) -> None:
-    """Ctrl-C, and after a while the hard way; the whole session."""
-    for number in (signal.SIGINT, signal.SIGKILL):
+    """End its whole session, after a while the hard way."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(job.pid, number)
             job.wait(30)
