@@ -137,8 +137,10 @@ class System:
         return children.call(command, env, limit_s or self.limit_s, text)
 
     def again(self, *words: str) -> str:
-        """This command with ``words`` behind it."""
-        return shlex.join([*self.command, *words])
+        """This command with ``words`` behind it, in place of others of the same key."""
+        keys = {word.partition("=")[0] for word in words if "=" in word}
+        kept = [word for word in self.command if word.partition("=")[0] not in keys]
+        return shlex.join([*kept, *words])
 
     def pip(self, *words: str) -> str:
         """The command that has pip install something into this environment."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 from . import machine, mpi, software, storage
 from .base import Check, Finding, Scope, System, fail
-from .children import last_line
+from .children import Answer, last_line
 from .signals import signals
 from .slurm import slurm
 
@@ -45,13 +46,24 @@ def mine(system: System, names: Collection[str]) -> Iterator[Finding]:
         duties.add(Scope.JOB)
     for check in CHECKS:
         if check.name in names and check.scope in duties:
-            yield from _run(check, system)
+            yield from guarded(check.name, system, partial(check.run, system))
 
 
-def _run(check: Check, system: System) -> Iterator[Finding]:
+def joined(system: System, answer: Answer) -> Iterator[Finding]:
+    """What the child that joined the job tells of MPI and its launcher."""
+    told = answer.data()
+    yield from guarded("mpi", system, lambda: mpi.library(system, answer))
+    yield from guarded("launch", system, lambda: mpi.singletons(system, told))
+    if system.place.rank == 0:
+        path = str(told.get("path", ""))
+        yield from guarded("mpirun", system, lambda: mpi.launcher(system, path))
+
+
+def guarded(name: str, system: System, run: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What a check finds; a check that fails itself must not hide the others."""
     try:
-        yield from check.run(system)
-    except Exception as error:  # a check that fails must not hide the others
+        yield from run()
+    except Exception as error:
         why = f"the check itself failed: {type(error).__name__}: {last_line(str(error))}"
-        others = [name for name in ORDER if name != check.name]
-        yield fail(f"{check.name}.error", why, system.again("--only", ",".join(others)))
+        others = [each for each in ORDER if each != name]
+        yield fail(f"{name}.error", why, system.again("--only", ",".join(others)))

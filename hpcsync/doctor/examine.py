@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from . import checks, facts, mpi, ranks, storage
+from . import checks, facts, ranks, storage
 from .base import Finding, Status, System
 from .children import Answer
 from .facts import Facts
@@ -29,8 +29,7 @@ def examine(system: System, names: Collection[str]) -> Report | None:
     needs_mpi = place.size > 1 or any(name in names for name in checks.JOINED)
     answer = _meet(system, findings, own) if needs_mpi else None
     if answer is not None:
-        found = _joined(system, answer)
-        findings += [each for each in found if each.check in names]
+        findings += [each for each in checks.joined(system, answer) if each.check in names]
     reports = answer.data().get("reports") if answer is not None else None
     if place.rank != 0:
         _complain(system, findings)
@@ -57,14 +56,6 @@ def _given(findings: Sequence[Finding], own: Facts) -> dict[str, Any]:
         "facts": dataclasses.asdict(own),
         "findings": [dataclasses.astuple(each) for each in findings],
     }
-
-
-def _joined(system: System, answer: Answer) -> list[Finding]:
-    told = answer.data()
-    found = [*mpi.library(system, answer), *mpi.singletons(system, told)]
-    if system.place.rank == 0:
-        found += mpi.launcher(system, str(told.get("path", "")))
-    return found
 
 
 def _compare(system: System, reports: Sequence[dict[str, Any]], names: Collection[str]) -> Report:

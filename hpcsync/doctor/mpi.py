@@ -128,7 +128,8 @@ def launcher(system: System, path: str) -> Iterator[Finding]:
         yield warn("mpirun.missing", "no mpirun on PATH: several ranks need it, or srun", fix)
         return
     site = _library_of(system)
-    if site is not None and path and not os.path.samefile(site, path):
+    known = site is not None and Path(path).is_file()
+    if site is not None and known and not os.path.samefile(site, path):
         right = home / "mpirun"
         fix = f"export MPI4PY_LIBMPI={shlex.quote(str(site))}"
         if right.exists():

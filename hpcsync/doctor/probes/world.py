@@ -42,27 +42,27 @@ def main() -> None:
 
 def _meet(runtime: Runtime, given: dict[str, Any], library: str) -> None:
     mark = Path(given["folder"], given["mark"])
-    name = runtime.bcast(str(mark))
-    if runtime.rank == 0:
-        _try_to_make(mark)
+    made = runtime.bcast(str(mark) if runtime.rank == 0 and _made(mark) else "")
     clocks = []
     for _ in range(_ROUNDS):
         runtime.wait(runtime.comm.Ibarrier())
         clocks.append(time.time())
-    given["facts"].update(clocks=clocks, sees=Path(name).exists())
+    given["facts"].update(clocks=clocks, sees=not made or Path(made).exists())
     given["facts"]["versions"]["MPI"] = library
     reports = runtime.gather_object(given)
     if runtime.rank == 0:
-        mark.unlink(missing_ok=True)
+        if made:
+            mark.unlink(missing_ok=True)
         tell(reports=reports)
     runtime.wait(runtime.comm.Ibarrier())
 
 
-def _try_to_make(mark: Path) -> None:
+def _made(mark: Path) -> bool:
     try:
         mark.touch()
-    except OSError:
-        tell(unmarked=True)  # another check says why
+    except OSError:  # why, another check says
+        return False
+    return True
 
 
 if __name__ == "__main__":
