@@ -15,7 +15,11 @@ _UNBLOCK = (
 
 
 def signals(system: System) -> Iterator[Finding]:
-    """Blocked or ignored where this process was started: its children inherit that."""
+    """Blocked or ignored where this process was started: its children inherit that.
+
+    A rank hears what it ignored at its start, since it answers signals itself, but a launcher that
+    ignores one may not pass it on.
+    """
     told = dict(
         line.split(":", 1)
         for line in system.read("/proc/self/status").splitlines()
@@ -32,7 +36,7 @@ def signals(system: System) -> Iterator[Finding]:
                 f'{system.python} -c "{_UNBLOCK}" {system.again()}',
             )
         )
-    if ignored:
+    if ignored and not system.place.launcher:
         found.append(
             warn(
                 "signals.ignored",
