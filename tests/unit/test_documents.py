@@ -18,6 +18,7 @@ import pytest
 
 from hpcsync import config as configs
 from hpcsync.config import keys
+from hpcsync.doctor import checks
 from tests import documents
 from tests.documents import ROOT, Block
 from tools import write_docs
@@ -97,6 +98,11 @@ def test_pictures_are_svg_that_stands_alone(name: str) -> None:
     assert "<image" not in text
     assert "<script" not in text
     assert path.stat().st_size < 600_000
+
+
+def test_every_check_of_doctor_is_told() -> None:
+    text = (ROOT / "docs" / "checks.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(checks.ORDER)
 
 
 # -- troubleshooting ------------------------------------------------------------------------
