@@ -5,6 +5,7 @@ Everything else is handed a Runtime.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -182,9 +183,22 @@ def guard(main: Callable[[], int]) -> NoReturn:
             print(stop.code, file=sys.stderr)
     except BaseException as error:  # whatever it is, it must end every rank
         status = fail(error)
+    _note(status)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def _note(status: int) -> None:
+    """Leave rank 0's status in the file that ``HPCSYNC_STATUS_FILE`` names.
+
+    Where all ranks end with the same status, launchers kill the slower ones for the status of the
+    first, and tell of that kill.
+    """
+    path = os.environ.get("HPCSYNC_STATUS_FILE")
+    if path and _place()[0] == 0:
+        with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
+            file.write(f"{status}\n")
 
 
 def fail(error: BaseException) -> int:

@@ -27,7 +27,7 @@ die() {
 # Where this file is, and what sites/*.env set.
 : "${here:?}" "${mpi_plugins=}" "${mpi=}"
 
-# Sets: nodes ranks per_node cpus threads python mpi launcher.
+# Sets: nodes ranks per_node cpus threads python mpi launcher, and how in words.
 prepare() {
     load_environment "${HPCSYNC_ENVIRONMENT:-$1}"
     lay_out
@@ -35,7 +35,7 @@ prepare() {
     find_site
     choose_launcher
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-    say "$ranks ranks on $nodes nodes, $cpus CPUs each, by $(words "${launcher[@]}") ($mpi)"
+    say "$ranks ranks on $nodes nodes, CPUs each: $cpus, by $how ($mpi)"
 }
 
 load_environment() {
@@ -133,7 +133,7 @@ choose_launcher() {
             grep -qw -- "$plugin" <<<"$listed" || continue
             by_srun "$plugin"
             meet && return
-            tried+=("srun --mpi=$plugin")
+            tried+=("$how")
         done
     fi
     if [[ ${HPCSYNC_LAUNCHER:-} != srun ]] && command -v mpirun >/dev/null; then
@@ -147,6 +147,7 @@ choose_launcher() {
 }
 
 by_srun() {
+    how="srun --mpi=$1"
     launcher=(srun "--mpi=$1" "--nodes=$nodes" "--ntasks=$ranks")
     ((ranks == nodes * per_node)) && launcher+=("--ntasks-per-node=$per_node")
     # A rank that fails ends the others; one that ended well waits a minute for them.
@@ -158,6 +159,7 @@ by_srun() {
 }
 
 by_mpirun() {
+    how=mpirun
     if [[ $mpi == "Open MPI"* ]]; then
         # It takes its slots from here, and sbatch was maybe told of nodes only.
         export SLURM_TASKS_PER_NODE="$per_node(x$nodes)"
@@ -181,10 +183,8 @@ meet() {
 from mpi4py import MPI
 if MPI.COMM_WORLD.Get_size() != '"$ranks"':
     raise SystemExit(f"each rank is one of {MPI.COMM_WORLD.Get_size()}")' >"$scratch/meet" 2>&1 ||
-        { say "ranks do not find each other by $(words "${launcher[@]}")" && false; }
+        { say "ranks do not find each other by $how" && false; }
 }
-
-words() { printf '%s' "$(printf '%s ' "${@:1:2}" | sed 's/ $//')"; }
 
 # Runs a command on all ranks. USR1, Slurm's word that the time limit is near, becomes USR2: save
 # and leave. TERM is passed on.
@@ -208,6 +208,10 @@ supervise() {
         [[ -n $interrupted ]] || break # else it was the wait that ended
     done
     child=
+    # The launcher may have killed the slower ranks for the status of the first, and tell of that.
+    if ((status)) && [[ -s $HPCSYNC_STATUS_FILE && $(<"$HPCSYNC_STATUS_FILE") != 0 ]]; then
+        status=$(<"$HPCSYNC_STATUS_FILE")
+    fi
     trap - USR1 TERM INT
     [[ -z ${teller:-} ]] || kill "$teller" 2>/dev/null
     return "$status"
@@ -218,6 +222,8 @@ asked_to_leave() {
     say "the time limit is near: the ranks save and leave"
     (
         trap - USR1 TERM INT
+        # Nor may it reach a launcher that has only just been started.
+        [[ -z $early ]] || read -rt 10 <> <(:)
         while kill -USR2 "$child" 2>/dev/null; do
             read -rt 5 <> <(:) # sleeps, with no process that could be left behind
         done
@@ -246,7 +252,7 @@ requeue_or_exit() {
         fi
     elif ((status)); then
         say "ended with status $status; if the ranks did not start well, see" \
-            "$(words "${launcher[@]}") python -m hpcsync.doctor"
+            "${launcher[*]} python -m hpcsync.doctor"
     fi
     exit "$status"
 }
@@ -269,6 +275,7 @@ train_command() {
 }
 
 scratch=$(mktemp -d)
+export HPCSYNC_STATUS_FILE=$scratch/status
 early=
 trap 'early=1' USR1 # the time limit may be near before the ranks have started
 trap clean_up EXIT
