@@ -27,7 +27,7 @@ def judge(system: System, ranks: Sequence[Facts], hosts: int = 1) -> list[Findin
     if not found and len(ranks) > room:
         online = ranks[0].online
         given = len(around) < min(len(ranks), online) and quota >= len(ranks)
-        wider = online if given and not system.place.job else 0
+        wider = online if given and hosts == 1 and not system.place.job else 0
         found = [_crowded(system, len(ranks), room, hosts, wider)]
     found += _threads(ranks, room)
     return result("cores", found, _describe(masks, ranks[0].online))

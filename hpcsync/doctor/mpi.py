@@ -14,7 +14,7 @@ from ..errors import LaunchError
 from .base import Finding, System, fail, good, warn
 from .children import Answer
 from .place import alone
-from .software import gpu_count
+from .software import absent, gpu_count
 
 # What every library can do without: fast networks, by Open MPI's, libfabric's and UCX's names.
 _PLAIN = {
@@ -42,6 +42,9 @@ def library(system: System, answer: Answer) -> Iterator[Finding]:
 def _unusable(system: System, answer: Answer, told: Mapping[str, Any]) -> Finding:
     why = str(told.get("missing", "")) or f"mpi4py: {answer.how()}"
     why = why.removeprefix("MPI: ").partition(";")[0]
+    install = absent(system, why)
+    if install and system.which("mpirun") is not None:
+        return fail("mpi.missing", why, install)
     if "MPI4PY_LIBMPI" in system.env:
         why += f" (MPI4PY_LIBMPI is {system.env['MPI4PY_LIBMPI']})"
         return fail("mpi.missing", why, "unset MPI4PY_LIBMPI")

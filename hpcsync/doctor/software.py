@@ -57,6 +57,13 @@ def required() -> dict[str, tuple[int, ...]]:
     return found
 
 
+def absent(system: System, text: str) -> str:
+    """The command that installs the package that Python says it lacks; empty if it says no such."""
+    match = re.search(r"No module named '?(\w+)", text)
+    wanted = required()
+    return system.pip(_spec(match[1], wanted)) if match and match[1] in wanted else ""
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
@@ -92,7 +99,7 @@ def torch(system: System) -> Iterator[Finding]:
         yield fail(
             "torch.broken",
             f"`import torch` {_verb(answer)}",
-            system.pip("--force-reinstall", "torch"),
+            absent(system, answer.err) or system.pip("--force-reinstall", "torch"),
         )
     else:
         found = list(_devices(system, told))
@@ -158,7 +165,8 @@ def kernels(system: System) -> Iterator[Finding]:
         how = "add wrongly" if answer.ok else f"do not run here: {_verb(answer)}"
         package = ["-e", str(PACKAGE.parent)] if (PACKAGE.parent / "setup.py").is_file() else []
         command = system.pip("--no-deps", *(package or ["--force-reinstall", "hpcsync"]))
-        yield fail("kernels.broken", f"the native kernels {how}", _compiler(system) + command)
+        fix = absent(system, answer.err) or _compiler(system) + command
+        yield fail("kernels.broken", f"the native kernels {how}", fix)
     else:
         yield good("kernels", f"native, {told['isa']}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..banner import size as size_of
 from .base import Finding, System, fail, good, result, warn
 from .machine import file_system
+from .software import absent
 
 ROOM = 1 << 30
 
@@ -68,10 +69,12 @@ def hdf5(system: System) -> Iterator[Finding]:
     told = answer.data()
     unlocked = system.env.get("HDF5_USE_FILE_LOCKING", "").upper() in ("FALSE", "0", "BEST_EFFORT")
     if "version" not in told:
+        again = system.pip("--force-reinstall", "--no-deps", "h5py")
+        fix = absent(system, answer.err) or again
         yield fail(
             "hdf5.broken",
             f"h5py: {answer.how()}",
-            system.pip("--force-reinstall", "--no-deps", "h5py"),
+            fix,
         )
         return
     found = []

@@ -152,6 +152,23 @@ def test_packages_that_are_missing_or_old(tmp_path: Path) -> None:
     assert after["packages"]["status"] == "PASS", after
 
 
+@needs_mpi
+@provokes("torch.broken", "mpi.missing", "kernels.broken", "hdf5.broken")
+def test_checks_of_packages_that_are_missing(tmp_path: Path) -> None:
+    """Each of them installs what it lacks itself, rather than what it would for another fault."""
+    python = Sandbox(tmp_path / "bare", bare=True).python
+    path = f"{Path(launcher.find_mpirun() or '').parent}:{os.environ['PATH']}"
+    only = "torch,mpi,kernels,hdf5"
+    found = findings(shell(doctor("--json", "--only", only, python=python), {"PATH": path}))
+    fixes = {code: each["fix"].partition(" -m pip install ")[2] for code, each in found.items()}
+    assert fixes == {
+        "torch.broken": "'torch>=2.11'",
+        "mpi.missing": "'mpi4py>=4.1'",
+        "kernels.broken": "'numpy>=1.26'",
+        "hdf5.broken": "'h5py>=3.10'",
+    }
+
+
 def small_checkout(target: Path) -> Path:
     """A checkout of its own with the kernels of sums alone, which are soon compiled."""
     forget = shutil.ignore_patterns("__pycache__", "*.so")
