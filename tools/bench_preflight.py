@@ -125,6 +125,8 @@ def measure(options: argparse.Namespace) -> dict[str, list[Run]]:
                 for name in names:
                     each = run(cluster, name, cluster.hosts[at % len(cluster.hosts)])
                     found[name].append(each)
+                    if options.json:
+                        _add(options.json, name, each)
                     told = ", ".join(each.named) or "none"
                     print(
                         f"# run {at + 1} {name}: slowed {each.slowed or 'none'}, named {told}"
@@ -192,7 +194,7 @@ def main() -> int:
         print(f"bench_preflight: {error}", file=sys.stderr)
         return 2
     if options.json:
-        found = _together(options.json, found)
+        found = _all(options.json)
     rows, widths = rows_of(found), bandwidths(found.get("clean", []), options.rate)
     print("", *benchmark.table(HEADS, rows), "", *benchmark.table(WIDTHS, widths), sep="\n")
     if options.report:
@@ -212,18 +214,21 @@ def main() -> int:
     return 0
 
 
-def _together(path: Path, found: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """With the runs that the file holds; the file then holds all."""
+def _all(path: Path) -> dict[str, list[Run]]:
+    """The runs that a file holds, by case."""
     before = json.loads(path.read_text()) if path.exists() else {}
-    whole = {
-        name: [Run(slowed, tuple(named), told) for slowed, named, told in before.get(name, [])]
+    return {
+        name: [Run(slowed, tuple(named), told) for slowed, named, told in before[name]]
         for name in CASES
+        if name in before
     }
-    for name, runs in found.items():
-        whole[name] += runs
-    whole = {name: runs for name, runs in whole.items() if runs}
+
+
+def _add(path: Path, name: str, each: Run) -> None:
+    """Keep a run at once: a benchmark of many minutes may be interrupted and taken up."""
+    whole = _all(path)
+    whole.setdefault(name, []).append(each)
     path.write_text(benchmark.as_json(whole))
-    return whole
 
 
 if __name__ == "__main__":

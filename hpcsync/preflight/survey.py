@@ -91,7 +91,6 @@ class Survey:
 
     Args:
         machines: what tells each node's machine from others, by node.
-        timeout_s: after which a rank that does not answer is taken for gone.
     """
 
     def __init__(self, runtime: Runtime, machines: Sequence[str], budget: Budget) -> None:
