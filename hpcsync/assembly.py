@@ -7,15 +7,17 @@ ends all ranks with one line and nobody waits for a rank that is gone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from . import banner, data, launch, models, weights
+from . import banner, binding, data, launch, models, weights
+from .binding import Place
 from .checkpoint import random_state
+from .collectives import saved_costs
 from .config import CompressConfig, Config, dump
 from .data import Sampler, Source
 from .device import kernels
@@ -49,6 +51,7 @@ class Parts:
 
     Attributes:
         origin: where the weights began if not at random, in words; on rank 0.
+        places: of all ranks.
     """
 
     source: Source
@@ -56,6 +59,7 @@ class Parts:
     parallel: DataParallel
     engine: Engine
     origin: str = ""
+    places: Sequence[Place] = ()
 
     @property
     def model(self) -> nn.Module:
@@ -135,7 +139,7 @@ def assemble(
 
     Raises:
         AgreedError: data, model or first weights cannot be had on some rank, or differ between
-            ranks.
+            ranks; or two ranks compute on the same device.
         UserError: on this rank alone, if its model cannot be exchanged; the job has to be ended.
         ExhaustedError: no memory for the buckets, on this rank alone; likewise.
         StoppedError: a signal came meanwhile.
@@ -147,6 +151,7 @@ def assemble(
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
     model = together(runtime, signals, "model", lambda: _build_model(config, source))
+    places = _places(runtime, config, model)
     # The other ranks get rank 0's weights with the buckets.
     given = config.model.init_from if fresh and runtime.rank == 0 else ""
     origin = together(runtime, signals, "weights", lambda: _initialise(model, config, given))
@@ -170,6 +175,7 @@ def assemble(
         source=source,
         sampler=Sampler(source.train_size, train.global_batch, config.run.seed),
         origin=origin,
+        places=places,
         parallel=parallel,
         engine=Engine(model, optimizer, parallel, train, parallel.collectives.recorder),
     )
@@ -179,6 +185,8 @@ def traces(config: Config, parts: Parts, run_id: str) -> Traces:
     """The observer that keeps timing traces; collective."""
     parallel = parts.parallel
     topology = parallel.collectives.runtime.topology
+    crowding = parallel.collectives.runtime.crowding
+    place = asdict(saved_costs.Place.here(topology, launch.mpi_library()[0]))
 
     def describe() -> dict[str, str]:
         buckets = [
@@ -196,7 +204,7 @@ def traces(config: Config, parts: Parts, run_id: str) -> Traces:
             "codec": config.compress.codec,
             "algorithm": parallel.reducer.algorithm,
             "buckets": json.dumps(buckets),
-            "links": json.dumps({"crowding": parallel.collectives.runtime.crowding}),
+            "links": json.dumps({"crowding": crowding, "place": place}),
         }
 
     return Traces(parallel.collectives, config.trace, describe, run_id)
@@ -215,6 +223,20 @@ def _build_model(config: Config, source: Source) -> nn.Module:
     if config.train.activation_checkpointing:
         models.checkpoint_activations(model)
     return model
+
+
+def _places(runtime: Runtime, config: Config, model: nn.Module) -> list[Place]:
+    """Where all ranks run; collective."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    places = runtime.allgather_object(binding.here(device))
+    problem: UserError | None = None
+    if not config.topology.share_devices:
+        try:
+            binding.check_devices(places)
+        except UserError as error:
+            problem = error
+    runtime.agree(problem)
+    return places
 
 
 def _initialise(model: nn.Module, config: Config, source: str) -> str:
@@ -255,6 +277,7 @@ def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, 
     source = parts.source
     return [
         *banner.machine_rows(runtime.topology, machine, config),
+        ("binding", binding.describe(parts.places, runtime.topology)),
         model_row(config, parts.model),
         *([("weights", parts.origin)] if parts.origin else []),
         ("data", data.describe(source)),

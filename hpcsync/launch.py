@@ -5,6 +5,7 @@ Everything else is handed a Runtime.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -34,19 +35,28 @@ def start(config: TopologyConfig, timeout_s: float = 300.0) -> Runtime:
         LaunchError: no usable MPI, ranks that did not find each other, or too low a thread level.
     """
     mpi = _import_mpi()
-    world = mpi.COMM_WORLD
-    check_singletons(world.Get_size(), os.environ)
+    everyone = mpi.COMM_WORLD
+    check_singletons(everyone.Get_size(), os.environ)
     if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
         raise LaunchError(
             f"MPI: thread level {thread_level()} is too low, since communication has a thread of "
             "its own; use an MPI built with THREAD_MULTIPLE, or unset MPI4PY_RC_THREAD_LEVEL"
         )
-    comm = world.Dup()
+    comm = everyone.Dup()
     told = comm.allgather((socket.gethostname(), _cores()))
     hosts = [host for host, _ in told]
     crowding = crowding_of([cores for host, cores in told if host == socket.gethostname()])
     topology = Topology.group(hosts, config.ranks_per_node)
     return Runtime(comm, topology, timeout_s, crowding)
+
+
+def world() -> Any:
+    """All ranks' communicator, unchecked: for what looks into how a job was started.
+
+    Raises:
+        LaunchError: no usable MPI.
+    """
+    return _import_mpi().COMM_WORLD
 
 
 def crowding_of(cores: Sequence[frozenset[int]], quota: float | None = None) -> float:
@@ -58,7 +68,7 @@ def crowding_of(cores: Sequence[frozenset[int]], quota: float | None = None) -> 
         quota: cores' worth of time that the container may use; what the system says if not given.
     """
     together: frozenset[int] = frozenset().union(*cores)
-    return len(cores) / max(min(len(together), _quota() if quota is None else quota), 1)
+    return len(cores) / max(min(len(together), container_quota() if quota is None else quota), 1)
 
 
 def _cores() -> frozenset[int]:
@@ -67,7 +77,7 @@ def _cores() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def _quota() -> float:
+def container_quota() -> float:
     """Of this container, by control groups; infinite if it has none."""
     try:
         with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
@@ -173,9 +183,22 @@ def guard(main: Callable[[], int]) -> NoReturn:
             print(stop.code, file=sys.stderr)
     except BaseException as error:  # whatever it is, it must end every rank
         status = fail(error)
+    _note(status)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def _note(status: int) -> None:
+    """Leave rank 0's status in the file that ``HPCSYNC_STATUS_FILE`` names.
+
+    Where all ranks end with the same status, launchers kill the slower ones for the status of the
+    first, and tell of that kill.
+    """
+    path = os.environ.get("HPCSYNC_STATUS_FILE")
+    if path and _place()[0] == 0:
+        with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
+            file.write(f"{status}\n")
 
 
 def fail(error: BaseException) -> int:

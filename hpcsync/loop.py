@@ -71,7 +71,8 @@ class Loop:
         number, stopping = 0, False
         while engine.step_count < train.steps and not number and not stopping:
             record, number = self.step()
-            if not number and self.due(record.step):
+            # Who leaves in time leaves what a run that was not told to stop would have done.
+            if number in (0, signal.SIGUSR2) and self.due(record.step):
                 self.observers.evaluated(record.step, self.held_out())
             self.measure(record)
             self.observers.stepped(record)
@@ -79,11 +80,12 @@ class Loop:
             if saver is not None and saver.stop:
                 saver.finish(record.step, save=True)
                 stopping = not saver.failed
-        if number:
+        leaving = number == signal.SIGUSR2
+        if number and not leaving:
             self.signals.allow(_SAVE_S)
         if saver is not None:
-            saver.finish(engine.step_count, save=self.config.checkpoint.at_end)
-        if number:
+            saver.finish(engine.step_count, save=self.config.checkpoint.at_end or leaving)
+        if number and not (leaving and engine.step_count == train.steps):
             raise StoppedError(number)
         asked = stopping and engine.step_count < train.steps
         return "stopped after a checkpoint, as the file stop-after-save asked" if asked else ""
@@ -155,6 +157,7 @@ class Loop:
             *(result.loss, not math.isfinite(result.loss)),
             *(comm.comm_ms, comm.exposed_comm_ms + comm.driven_ms, comm.internode_bytes),
             *(received == number for number in (signal.SIGINT, signal.SIGTERM)),
+            self.signals.leave,
             *(saver.offer(result.step) if saver is not None else ()),
         ]
         before = now()
@@ -164,7 +167,7 @@ class Loop:
         recorder = self.parts.engine.recorder
         recorder.add(AGREEMENT, before, ended)
         recorder.end_step(start)
-        loss, bad, comm_ms, exposed_ms, internode, interrupted, terminated, *told = values
+        loss, bad, comm_ms, exposed_ms, internode, interrupted, terminated, left, *told = values
         if saver is not None:
             saver.hear(told)
         if bad:
@@ -190,8 +193,14 @@ class Loop:
             checkpoint_ms=stalled_s * 1e3,
             checkpoints_failed=saver.failures if saver is not None else 0,
         )
-        number = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-        return record, int(number)
+        for number, ranks in (
+            (signal.SIGTERM, terminated),
+            (signal.SIGINT, interrupted),
+            (signal.SIGUSR2, left),
+        ):
+            if ranks:
+                return record, int(number)
+        return record, 0
 
     def measure(self, record: StepRecord) -> None:
         """Tell the observers what this rank's spans say of the step."""

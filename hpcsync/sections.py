@@ -174,6 +174,9 @@ class TopologyConfig:
         "host into nodes of this many ranks, to try a hierarchy on one machine.",
         minimum=0,
     )
+    share_devices: bool = key(
+        False, "Two ranks may compute on the same GPU. Otherwise that ends the job at its start."
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +232,11 @@ class CommConfig:
         "job ends.",
         above=0,
         maximum=1e7,
+    )
+    costs: str = key(
+        "hpcsync-costs.json",
+        "Where `python -m hpcsync.preflight` saved what links cost. compress.codec=auto takes it in "
+        "place of a probe of its own where it fits the job, and says so. Empty: never.",
     )
 
 

@@ -1,9 +1,12 @@
-"""SIGINT and SIGTERM: remembered until a step boundary, where the ranks agree to stop.
+"""Signals that stop a run: remembered until a step boundary, where the ranks agree to stop.
 
 mpirun answers Ctrl-C by SIGTERM to every rank and, a quarter of a second later, SIGKILL, while a
 step may take seconds and Python runs signal handlers only between two steps of the interpreter.
 So a thread is woken through a pipe the moment the signal comes; it has the summary written at
 once, and ends the process if no step boundary is reached in time. The same thread answers SIGQUIT.
+
+SIGUSR2 is the patient one: the end of the time limit is near, so save at the next boundary and
+leave, with the status that says "to be resumed". Nothing is given up for it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds from the signal to the end of the process, if the step does not end before. Batch systems
 # give 30 s or more from SIGTERM to SIGKILL; a step that takes longer than this is not waited for.
 GRACE_S = 5.0
+# Exit status of a run that saved and left for SIGUSR2: EX_TEMPFAIL of sysexits.h, "try again".
+LEFT = 75
 
 
 class StoppedError(HpcsyncError):
@@ -34,9 +39,11 @@ class StoppedError(HpcsyncError):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        left = number == signal.SIGUSR2
+        super().__init__(f"stopped by {name}, to be resumed" if left else f"stopped by {name}")
         self.number = number
-        self.status = 128 + number
+        self.status = LEFT if left else 128 + number
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[int]]:
         return type(self), (self.number,)
@@ -49,6 +56,7 @@ class StopSignals:
 
     Attributes:
         received: number of the first signal that came, 0 before.
+        leave: SIGUSR2 has come.
         on_quit: called from the thread when SIGQUIT comes; without it the process ends.
     """
 
@@ -60,6 +68,7 @@ class StopSignals:
     ) -> None:
         """``on_signal(name)`` and ``give_up(status)`` are called from the thread."""
         self.received = 0
+        self.leave = False
         self.on_quit: Callable[[], None] | None = None
         self._on_save: Callable[[], None] | None = None
         self._save = False
@@ -77,6 +86,7 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._remember)
         self._before[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, _leave_to_thread)
         self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._ask)
+        self._before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._leave)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="hpcsync-signals", daemon=True)
         self._thread.start()
@@ -110,6 +120,9 @@ class StopSignals:
         self._save = True
         if self._on_save is not None:
             self._on_save()
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        self.leave = True
 
     def _quit(self) -> None:
         if self.on_quit is None:  # nobody has more to tell than where all threads stand

@@ -21,7 +21,7 @@ from . import config as configs
 from .arguments import Arguments, parse
 from .config import Config, TopologyConfig
 from .errors import CollectiveTimeout, HpcsyncError, NonFiniteError, UserError
-from .stopping import StoppedError, StopSignals
+from .stopping import LEFT, StoppedError, StopSignals
 
 if TYPE_CHECKING:
     from .assembly import Parts
@@ -171,10 +171,11 @@ def train(
         _ended(observers, "failed", "a collective is stuck")
         raise
     except StoppedError as stop:
-        text = "; ".join(filter(None, (str(stop), _unsaved(saved))))
+        unsaved = _unsaved(saved)
+        text = "; ".join(filter(None, (str(stop), unsaved)))
         _ended(observers, "interrupted", text)
         _say(runtime, text)
-        return stop.status
+        return UNSAVED if unsaved and stop.status == LEFT else stop.status
     except NonFiniteError as error:  # on all ranks alike, so one line tells it
         _ended(observers, "failed", str(error))
         _say(runtime, f"error: {error}")

@@ -41,8 +41,18 @@ def _lacks_cluster() -> str | None:
 
 @functools.cache
 def _lacks_slurm() -> str | None:
-    lacking = [tool for tool in ("slurmctld", "slurmd", "munged") if shutil.which(tool) is None]
-    return f"{', '.join(lacking)} missing: apt-get install slurm-wlm munge" if lacking else None
+    tools = ("slurmctld", "slurmd", "munged", "srun", "unshare")
+    lacking = [tool for tool in tools if shutil.which(tool) is None]
+    if lacking:
+        return (
+            f"{', '.join(lacking)} missing: apt-get install slurm-wlm munge libpmix2 libpmix-dev "
+            "util-linux"
+        )
+    if os.geteuid() != 0:
+        return "a Slurm of one's own needs root"
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode:
+        return "this kernel or container does not allow UTS namespaces"
+    return launcher.missing()
 
 
 @functools.cache

@@ -133,7 +133,8 @@ def fingerprint() -> str:
 
 def install(python: Path, extras: list[str]) -> None:
     """Install hpcsync, editable, with ``extras``, at the pinned versions."""
-    say(f"installing hpcsync[{','.join(extras)}] at the versions of constraints.txt")
+    wanted = f"[{','.join(extras)}]" if extras else ""
+    say(f"installing hpcsync{wanted} at the versions of constraints.txt")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     pins = ["-c", str(ROOT / "constraints.txt")]
     if _quiet(*pip, *pins, "torch") is not None:
@@ -141,7 +142,7 @@ def install(python: Path, extras: list[str]) -> None:
         why = _quiet(*pip, *pins, "torch", "--no-deps", "--index-url", TORCH_CPU_INDEX)
         if why is not None:
             fail(f"cannot install torch's CPU build: {_last_line(why)}")
-    why = _quiet(*pip, *pins, "-e", f"{ROOT}[{','.join(extras)}]")
+    why = _quiet(*pip, *pins, "-e", f"{ROOT}{wanted}")
     if why is not None:
         print(why, file=sys.stderr)
         fail(f"pip could not install hpcsync: {_last_line(why)}")
@@ -240,6 +241,16 @@ def site_mpirun() -> str:
     return found
 
 
+def extras_of(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """What of the package's extras a command needs, but for MPI."""
+    if options.command == "test":
+        return ["digits", "test"]
+    if options.command == "setup":
+        return [name for name in options.extras.split(",") if name]
+    # scikit-learn and SciPy are large, and only this data wants them.
+    return ["digits"] if any("digits" in word for word in rest) else []
+
+
 def main(argv: list[str]) -> None:
     """Prepare the environment, then become the command."""
     if sys.version_info < OLDEST:
@@ -254,9 +265,8 @@ def main(argv: list[str]) -> None:
     default = ROOT / (".venv-system" if options.system_mpi else ".venv")
     where = options.venv.absolute() if options.venv else default
     system = site_mpirun() if options.system_mpi else None
-    extras = {"train": "digits", "test": "digits,test"}.get(options.command) or options.extras
     wheel = [] if options.system_mpi else ["mpi"]
-    python = prepare(where, sorted(wheel + extras.split(",")))
+    python = prepare(where, sorted(wheel + extras_of(options, rest)))
     environment = mpirun_environment(dict(os.environ))
     environment["VIRTUAL_ENV"] = str(where)
     environment["PATH"] = f"{where / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

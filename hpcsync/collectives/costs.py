@@ -84,6 +84,7 @@ class Measured:
         add_s: processor time to add an element of float32.
         delay: seconds by which a second of communication's processor time puts computing off.
         stretch: seconds that a second of processor time takes while all ranks work.
+        source: of the link's numbers, in words; empty for a probe at start.
     """
 
     link: LinkCost
@@ -91,6 +92,7 @@ class Measured:
     add_s: float = 0.0
     delay: float = 1.0
     stretch: float = 1.0
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 
+from ..device.base import Array
 from ..launch import Runtime
 from ..transports.base import Mail, Parcel, Transport, Wait
 from .costs import LinkCost
@@ -20,27 +22,40 @@ _LONG_ENOUGH_S = 0.05  # for an exchange to tell the bandwidth, past what the li
 _PINGS = 12
 
 
-def probe_link(runtime: Runtime, progress: Progress, transport: Transport) -> LinkCost:
+class Check(Protocol):
+    """Who fills messages, and looks at what has come; outside of what is timed."""
+
+    def fill(self, sent: Array) -> None: ...
+
+    def look(self, came: Array, sender: int) -> None:
+        """``sender`` is a rank of the job."""
+
+
+def probe_link(
+    runtime: Runtime, progress: Progress, transport: Transport, check: Check | None = None
+) -> LinkCost:
     """Latency and bandwidth of messages to the next rank while all ranks send and receive.
 
     They are driven by the thread that drives all exchanges, since how long it sleeps counts, too.
     Collective over the job; a rank alone in its group only takes part in the agreement.
     """
-    line = _Line(progress, transport)
+    line = _Line(progress, transport, check)
+
+    def exchange(nbytes: int) -> tuple[float, float]:
+        if check is not None:  # looking takes time, more on one rank than on another
+            runtime.barrier()
+        return line.exchange(nbytes)
+
     runtime.barrier()
-    line.exchange(1)
-    before = time.process_time()
-    pings = [line.exchange(1) for _ in range(_PINGS)]
-    message_cpu_s = (time.process_time() - before) / _PINGS
-    latency_s, message_cpu_s = runtime.allreduce_scalar([median(pings), message_cpu_s], "max")
+    exchange(1)
+    pings, cpu = zip(*(exchange(1) for _ in range(_PINGS)), strict=True)
+    latency_s, message_cpu_s = runtime.allreduce_scalar([median(pings), sum(cpu) / _PINGS], "max")
     nbytes = _SMALLEST
     while True:
         # The first of two may have begun unevenly, or have used up what the link lets pass at once.
-        taken = [] if nbytes * _GROWTH <= _LARGEST else [line.exchange(nbytes)]
-        before = time.process_time()
-        taken.append(line.exchange(nbytes))
-        cpu_s = time.process_time() - before
-        wire_s, cpu_s = runtime.allreduce_scalar([min(taken), cpu_s], "max")
+        taken = [] if nbytes * _GROWTH <= _LARGEST else [exchange(nbytes)[0]]
+        last_s, cpu_s = exchange(nbytes)
+        wire_s, cpu_s = runtime.allreduce_scalar([min([*taken, last_s]), cpu_s], "max")
         if wire_s > _LONG_ENOUGH_S or nbytes * _GROWTH > _LARGEST:
             break
         nbytes *= _GROWTH
@@ -60,29 +75,37 @@ class _Line:
     would carry one direction after the other.
     """
 
-    def __init__(self, progress: Progress, transport: Transport) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, transport: Transport, check: Check | None) -> None:
+        self._progress, self._check = progress, check
         self._mails: list[Mail] = []
         if transport.size < 2:
             return
         after, before = transport.rank + 1, transport.rank - 1
-        send, receive = np.ones(_LARGEST, np.uint8), np.ones(_LARGEST, np.uint8)
+        self._sender = transport.ranks[before % transport.size]
+        self._sent, self._came = np.ones(_LARGEST, np.uint8), np.ones(_LARGEST, np.uint8)
+        if check is not None:
+            check.fill(self._sent)
         for at in range(0, _LARGEST, _MESSAGE):
             cut = slice(at, at + _MESSAGE)
-            out = Parcel(after % transport.size, send[cut])
-            into = Parcel(before % transport.size, receive[cut])
+            out = Parcel(after % transport.size, self._sent[cut])
+            into = Parcel(before % transport.size, self._came[cut])
             self._mails.append(transport.mail([out], [into], _TAG))
 
-    def exchange(self, nbytes: int) -> float:
-        """Seconds to send and to receive so many bytes."""
+    def exchange(self, nbytes: int) -> tuple[float, float]:
+        """Seconds, and processor time, to send and to receive so many bytes."""
         if not self._mails:
-            return 0.0
+            return 0.0, 0.0
         used = self._mails[: -(-nbytes // _MESSAGE)]
         jobs = [_Message(mail, min(nbytes, _MESSAGE)) for mail in used]
-        began = time.perf_counter()
+        if self._check is not None:
+            self._came[:nbytes] = 0
+        began, cpu = time.perf_counter(), time.process_time()
         self._progress.submit(list(jobs))
         self._progress.wait_until(lambda: all(job.done for job in jobs))
-        return time.perf_counter() - began
+        taken = time.perf_counter() - began, time.process_time() - cpu
+        if self._check is not None:
+            self._check.look(self._came[:nbytes], self._sender)
+        return taken
 
     def close(self) -> None:
         for mail in self._mails:

@@ -129,6 +129,7 @@ class Tuner:
         link = self._probed.link
         rate = f"{1e-6 / link.wire_s:.0f} MB/s" if link.wire_s else "no limit"
         found = f"link {rate}, {link.latency_s * 1e6:.0f} us"
+        found += f" by {self._probed.source}" if self._probed.source else ""
         return f"auto: {_name(self._choice)}: {self._why}; {found}"
 
     def state_dict(self) -> dict[str, Any]:

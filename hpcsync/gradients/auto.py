@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from .. import codecs
-from ..collectives import choice
+from ..collectives import choice, saved_costs
 from ..collectives.coding import settings_of
 from ..collectives.costs import UNCODED, Layout, Load
 from ..collectives.probe import probe
+from ..collectives.saved_costs import Place, SavedCosts
 from ..collectives.tuner import Tuner, bucket_leads
 from ..config import CommConfig
+from ..launch import mpi_library
 from .bucket import Bucket
 from .compression import Compression, check, codable
 from .plan import Parameter, plan_buckets
@@ -130,7 +132,9 @@ class Auto:
             if name != UNCODED
             and not check(made := codecs.build(name, settings), config, self._params)
         }
-        measured = probe(collectives, allowed, layout, shapes, torch.get_num_threads())
+        measured = probe(
+            collectives, allowed, layout, shapes, torch.get_num_threads(), self._saved_costs()
+        )
         return Tuner(
             collectives.runtime,
             self._deck,
@@ -140,6 +144,20 @@ class Auto:
             self._loads,
             config.warmup,
         )
+
+    def _saved_costs(self) -> SavedCosts | None:
+        """What preflight saved, if it fits this job; collective. Rank 0 reads, and tells."""
+        runtime = self._compression.collectives.runtime
+        found: SavedCosts | None = None
+        if runtime.rank == 0:
+            job = Place.here(runtime.topology, mpi_library()[0])
+            found, why = saved_costs.find(self._deck.costs, job)
+            if found is not None:
+                why = f"auto: link as of {self._deck.costs}, {found.describe()}"
+            if why:
+                print(f"hpcsync: {why}", file=sys.stderr, flush=True)
+        kept: SavedCosts | None = runtime.bcast(found)
+        return kept
 
     def _loads(self, bucket_mb: float) -> list[Load]:
         """The buckets that ``bucket_mb`` would give, first ready first."""

@@ -52,6 +52,15 @@ def test_train_passes_on_what_it_does_not_know(
     (command,) = started
     assert command[:3] == [str(tmp_path / "v" / "bin" / "mpirun"), "-n", "3"]
     assert command[-len(words) - 2 :] == ["-m", "hpcsync.train", *words]
+    assert installed == [["mpi"]]
+
+
+@pytest.mark.parametrize("word", ["digits", "data.name=digits"])
+def test_scikit_learn_is_installed_only_for_digits(
+    tmp_path: Path, installed: list[list[str]], started: list[list[str]], word: str
+) -> None:
+    with pytest.raises(StartedError):
+        bootstrap.main(["--venv", str(tmp_path / "v"), "train", word])
     assert installed == [["digits", "mpi"]]
 
 

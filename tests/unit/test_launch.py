@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -223,3 +224,16 @@ def test_crowding_counts_the_cores_that_ranks_have_together() -> None:
     assert crowding({0, 1, 2, 3}, {0, 1, 2, 3}, quota=1.5) == 2 / 1.5
     assert crowding({0, 1, 2, 3}, {0, 1, 2, 3}, quota=0.2) == 2
     assert crowding(set()) == 1
+
+
+def test_rank_0_notes_its_status_for_the_script_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HPCSYNC_STATUS_FILE", str(tmp_path / "status"))
+    with pytest.raises(SystemExit) as stop:
+        launch.guard(lambda: 75)
+    assert stop.value.code == 75
+    assert (tmp_path / "status").read_text() == "75\n"
+    monkeypatch.setenv("HPCSYNC_STATUS_FILE", str(tmp_path / "none" / "status"))
+    with pytest.raises(SystemExit):  # which is no reason to fail
+        launch.guard(lambda: 75)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
 
 import pytest
 
-from hpcsync.stopping import StopSignals
+from hpcsync.stopping import StoppedError, StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -89,3 +90,17 @@ def test_more_time_may_be_had_once_the_boundary_is_reached() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         stop.allow(60.0)
         assert not gave_up.wait(1.5)
+
+
+def test_sigusr2_asks_to_save_and_leave_and_is_not_in_a_hurry() -> None:
+    gave_up = threading.Event()
+    with StopSignals(lambda name: None, lambda status: gave_up.set(), grace_s=0.01) as stop:
+        assert not stop.leave
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.leave
+        assert stop.received == 0
+        assert not gave_up.wait(0.5)
+    told = StoppedError(signal.SIGUSR2)
+    assert str(told) == "stopped by SIGUSR2, to be resumed"
+    assert told.status == 75
+    assert pickle.loads(pickle.dumps(told)).status == 75

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -143,6 +144,21 @@ def test_a_picture_is_drawn(run: Path, tmp_path: Path) -> None:
     assert tall > 600
     with pytest.raises(UserError, match="--png"):
         drawn(run, "--png", str(tmp_path / "none" / "out.png"))
+
+
+def test_a_picture_can_be_an_svg(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib missing: pip install matplotlib")
+    paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in paths:
+        assert drawn(run, "--svg", str(path)) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    root = ElementTree.parse(paths[0]).getroot()
+    assert root.tag.endswith("}svg")
+    texts = {"".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"forward", "backward", "wire.rail", "rank 3  node1"} <= texts
+    assert not (run / "timeline.png").exists()
+    with pytest.raises(UserError, match=r"must end in \.svg"):
+        drawn(run, "--svg", str(tmp_path / "a.png"))
 
 
 def test_both_are_written_beside_the_trace_if_neither_is_named(

@@ -1,4 +1,4 @@
-"""A timeline as a PNG, by matplotlib."""
+"""A timeline as a PNG or an SVG, by matplotlib."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def draw(
     """Draw rows of spans.
 
     Args:
+        path: ends in .svg for an SVG, whose texts stay texts; anything else is a PNG.
         steps: (ns at which it began first, number) of each.
         about: lines of the title.
 
@@ -74,10 +75,20 @@ def draw(
     axes.grid(axis="x", color="#D0D7DE", linewidth=0.5, zorder=0)
     axes.set_axisbelow(True)
     _head(figure, rows, height, about)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import rc_context
+
+    form = "svg" if path.suffix == ".svg" else "png"
+    # The same trace gives the same bytes: no date, and names of clips that are not drawn by lot.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "hpcsync"}
     try:
-        figure.savefig(path, format="png")
+        with rc_context(settings):
+            figure.savefig(path, format=form, metadata={"Date": None} if form == "svg" else None)
     except OSError as error:
-        raise UserError(f"--png: {path}: {error.strerror}; name another file") from None
+        raise UserError(f"--{form}: {path}: {error.strerror}; name another file") from None
 
 
 def extent(rows: Sequence[Row]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from . import lanes, output, page, picture, window
 from .window import Window
 
 NAME = "timeline"
-HELP = "a PNG and a page with zoom (the last 2 steps, unless --steps)"
+HELP = "a picture and a page with zoom (the last 2 steps, unless --steps)"
 _STEPS = 2
 
 
@@ -25,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     output.add_choice(parser)
     add = parser.add_argument
     add("--png", type=Path, metavar="FILE", help="the picture (RUN/timeline.png)")
+    add("--svg", type=Path, metavar="FILE", help="the picture as SVG, for a page of text")
     add("--html", type=Path, metavar="FILE", help="the page (RUN/timeline.html)")
     add(
         "--detail",
@@ -35,10 +36,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write both, or the one that was named, and say where they are."""
+    """Write PNG and page, or what was named, and say where they are."""
     with output.opened(options.run) as trace:
         chosen = window.choose(trace, options, _STEPS)
-        neither = options.png is None and options.html is None
+        neither = options.png is None and options.html is None and options.svg is None
         png = options.png or (trace.folder / "timeline.png" if neither else None)
         html = options.html or (trace.folder / "timeline.html" if neither else None)
         if neither and len(chosen.ranks) > picture.MOST_RANKS:
@@ -55,10 +56,17 @@ def run(options: argparse.Namespace) -> int:
             except OSError as error:
                 raise UserError(f"--html: {html}: {error.strerror}; name another file") from None
             print(html)
-        if png is not None:
-            picture.draw(png, rows, marks, about)
-            print(png)
+        for path in filter(None, (png, _svg(options.svg))):
+            picture.draw(path, rows, marks, about)
+            print(path)
     return 0
+
+
+def _svg(path: Path | None) -> Path | None:
+    """The file of --svg, whose name tells what it is."""
+    if path is not None and path.suffix != ".svg":
+        raise UserError(f"--svg: {path}: its name must end in .svg")
+    return path
 
 
 def _tables(

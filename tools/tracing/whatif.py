@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from tools.reporting import Column, Report, Table
 
 from . import changes, output
 from .deck import Deck, even, topology_of
+from .known import Known
 from .model import Case, traced, users
 
 NAME = "whatif"
@@ -53,6 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="total",
         help="with other ranks: what stays, the samples of a step or of a rank (%(default)s)",
     )
+    add("--costs", metavar="PATH", help="of links, saved by preflight ('' for none; comm.costs)")
     add("--cores", type=float, metavar="N", help="of a node, if ranks may have to share them")
     reporting.add_form(parser)
 
@@ -65,26 +68,41 @@ def run(options: argparse.Namespace) -> int:
         old = topology_of(trace.facts)
         most = max(len(ranks) for ranks in old.nodes)
         crowding = most / options.cores if options.cores else None
-        case = traced(seen, trace.facts, deck, crowding, _bits(options.was or "", "--was"))
-        other = changed(case, seen, deck, old, options)
+        known = Known.of(trace.facts, deck.comm.costs if options.costs is None else options.costs)
+        bits = _bits(options.was or "", "--was")
+        case = traced(seen, known.told(bits), deck, crowding, bits)
+        case = case.noting(*known.lines(bits))
+        other = changed(case, seen, deck, old, options, known)
         reporting.show(_report(seen, case, other, options), options)
     return 0
 
 
-def changed(case: Case, seen: Seen, deck: Deck, old: Topology, options: argparse.Namespace) -> Case:
+def changed(
+    case: Case,
+    seen: Seen,
+    deck: Deck,
+    old: Topology,
+    options: argparse.Namespace,
+    known: Known,
+) -> Case:
     """The traced case with what the options change.
 
     Raises:
         UserError: an option that cannot be.
     """
     new = _topology(old, options)
-    if new.node_count > 1 and old.node_count == 1 and not _bits(options.bandwidth or ""):
-        raise UserError(
-            "--nodes: the traced run had one node, so nothing is known of links; give --bandwidth "
-            "with a rate, say 1gbit"
-        )
     if new != old:
         case = changes.with_ranks(case, seen, deck, old, new, whole_batch=options.batch == "total")
+    if new.node_count > 1 and old.node_count == 1 and not _bits(options.bandwidth or ""):
+        saved = known.between_nodes(new)
+        if saved is None:
+            raise UserError(
+                "--nodes: the traced run had one node, so nothing is known of links; give "
+                "--bandwidth with a rate, say 1gbit, or run `python -m hpcsync.preflight` on such "
+                "nodes" + (f" ({known.why})" if known.why else "")
+            )
+        case = replace(case, measured=replace(case.measured, link=saved.link(new.node_count)))
+        case = case.noting(f"the link costs what is known by {saved.describe()}")
     if options.bucket_mb is not None:
         if options.bucket_mb <= 0:
             raise UserError("--bucket-mb: must be above 0")

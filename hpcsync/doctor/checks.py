@@ -1,0 +1,69 @@
+"""All checks, in the order of the report, and how a rank makes its share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+
+from . import machine, mpi, software, storage
+from .base import Check, Finding, Scope, System, fail
+from .children import Answer, last_line
+from .signals import signals
+from .slurm import slurm
+
+CHECKS = (
+    Check("python", Scope.NODE, software.python),
+    Check("packages", Scope.NODE, software.packages),
+    Check("torch", Scope.NODE, software.torch),
+    Check("gpu_mpi", Scope.NODE, mpi.device_memory),
+    Check("kernels", Scope.NODE, software.kernels),
+    Check("hosts", Scope.NODE, machine.host),
+    Check("shm", Scope.NODE, machine.shm),
+    Check("limits", Scope.RANK, machine.limits),
+    Check("folder", Scope.JOB, storage.folder),
+    Check("hdf5", Scope.NODE, storage.hdf5),
+    Check("clock", Scope.NODE, machine.clock),
+    Check("environment", Scope.JOB, machine.environment),
+    Check("slurm", Scope.JOB, slurm),
+    Check("signals", Scope.RANK, signals),
+)
+# What a child that joins the job finds out, and what a comparison of all ranks does.
+JOINED = ("mpi", "mpirun", "launch")
+COMPARED = ("nodes", "alike", "cores")
+ORDER = (
+    *("python", "packages", "torch", *JOINED, "gpu_mpi", "kernels", "hosts", "nodes", "alike"),
+    *("cores", "shm", "limits", "folder", "hdf5", "clock", "environment", "slurm", "signals"),
+)
+
+
+def mine(system: System, names: Collection[str]) -> Iterator[Finding]:
+    """This rank's share of the checks of those names, but for what needs MPI."""
+    place = system.place
+    duties = {Scope.RANK}
+    if place.local_rank == 0:
+        duties.add(Scope.NODE)
+    if place.rank == 0:
+        duties.add(Scope.JOB)
+    for check in CHECKS:
+        if check.name in names and check.scope in duties:
+            yield from guarded(check.name, system, partial(check.run, system))
+
+
+def joined(system: System, answer: Answer) -> Iterator[Finding]:
+    """What the child that joined the job tells of MPI and its launcher."""
+    told = answer.data()
+    yield from guarded("mpi", system, lambda: mpi.library(system, answer))
+    yield from guarded("launch", system, lambda: mpi.singletons(system, told))
+    if system.place.rank == 0:
+        path = str(told.get("path", ""))
+        yield from guarded("mpirun", system, lambda: mpi.launcher(system, path))
+
+
+def guarded(name: str, system: System, run: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What a check finds; a check that fails itself must not hide the others."""
+    try:
+        yield from run()
+    except Exception as error:
+        why = f"the check itself failed: {type(error).__name__}: {last_line(str(error))}"
+        others = [each for each in ORDER if each != name]
+        yield fail(f"{name}.error", why, system.again("--only", ",".join(others)))

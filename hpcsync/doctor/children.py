@@ -1,0 +1,90 @@
+"""Children that may crash or hang: what they said, and how they ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The end of a child.
+
+    Attributes:
+        status: exit status; negative for a signal; None if it was ended at its time limit.
+        out, err: what it printed until then.
+    """
+
+    status: int | None
+    out: str
+    err: str
+    limit_s: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 0
+
+    def data(self) -> dict[str, Any]:
+        """The JSON of all lines that hold some, later ones over earlier ones."""
+        found: dict[str, Any] = {}
+        for line in self.out.splitlines():
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    found.update(value)
+        return found
+
+    def how(self) -> str:
+        """In words: how it ended, with the last line of what it complained of."""
+        if self.status is None:
+            return f"did not end in {self.limit_s:g} s"
+        if self.status < 0:
+            with contextlib.suppress(ValueError):
+                return f"was killed by {signal.Signals(-self.status).name}"
+            return f"was killed by signal {-self.status}"
+        return last_line(self.err) or f"ended with status {self.status}"
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def call(command: Sequence[str], env: Mapping[str, str], limit_s: float, text: str = "") -> Answer:
+    """Run ``command``; at the time limit it is killed, with all its children."""
+    try:
+        child = subprocess.Popen(
+            command,
+            env=dict(env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Answer(127, "", f"{command[0]}: {error.strerror}", limit_s)
+    try:
+        out, err = child.communicate(text, timeout=limit_s)
+        return Answer(child.returncode, out, err, limit_s)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    try:
+        out, err = child.communicate(timeout=_GRACE_S)
+    except subprocess.TimeoutExpired as late:  # stuck in the kernel, say on a dead file system
+        out, err = _text(late.stdout), _text(late.stderr)
+    return Answer(None, out, err, limit_s)
+
+
+def _text(data: str | bytes | None) -> str:
+    return data.decode(errors="replace") if isinstance(data, bytes) else data or ""

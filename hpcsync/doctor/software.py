@@ -1,0 +1,178 @@
+"""Python, packages, torch with its device, native kernels."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+
+from . import oldest
+from .base import PACKAGE, Finding, System, fail, good, result, warn
+from .children import Answer, last_line
+
+# Where torch's builds for older CUDA drivers are; the oldest that torch 2.11 is built for.
+_OLDER_CUDA = "https://download.pytorch.org/whl/cu126"
+_UNSEEN = ("", "-1", "NoDevFiles")
+
+
+def python(system: System) -> Iterator[Finding]:
+    """Its version."""
+    told = oldest.complaint(system.version, system.env.get("PATH"), PACKAGE.parent)
+    if told is not None:
+        yield fail("python.old", *told)
+    else:
+        yield good("python", f"{'.'.join(map(str, system.version))}, {system.python}")
+
+
+def packages(system: System) -> Iterator[Finding]:
+    """Those that hpcsync needs, by version; whether they work is for other checks to say."""
+    wanted = required()
+    versions = {name: _version(name) for name in wanted}
+    missing = [name for name, version in versions.items() if not version]
+    old = [name for name, text in versions.items() if text and _numbers(text) < wanted[name]]
+    if missing:
+        specs = [_spec(name, wanted) for name in missing]
+        yield fail("packages.missing", f"not installed: {', '.join(missing)}", system.pip(*specs))
+    if old:
+        told = ", ".join(f"{name} {versions[name]} (needs {_least(wanted[name])})" for name in old)
+        yield fail("packages.old", f"too old: {told}", system.pip(*(_spec(n, wanted) for n in old)))
+    if not missing and not old:
+        yield good("packages", ", ".join(f"{name} {text}" for name, text in versions.items()))
+
+
+def required() -> dict[str, tuple[int, ...]]:
+    """Packages that hpcsync needs, with the lowest version of each."""
+    project = PACKAGE.parent / "pyproject.toml"
+    try:
+        needs = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    except (OSError, ValueError, KeyError):
+        needs = metadata.requires("hpcsync") or []
+    found = {}
+    for need in needs:
+        match = re.match(r"([\w.-]+)\s*>=\s*([\d.]+)", need)
+        if match and "extra ==" not in need:
+            found[match[1]] = _numbers(match[2])
+    return found
+
+
+def absent(system: System, text: str) -> str:
+    """The command that installs the package that Python says it lacks; empty if it says no such."""
+    match = re.search(r"No module named '?(\w+)", text)
+    wanted = required()
+    return system.pip(_spec(match[1], wanted)) if match and match[1] in wanted else ""
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
+
+
+def _least(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def _spec(name: str, wanted: dict[str, tuple[int, ...]]) -> str:
+    return f"{name}>={_least(wanted[name])}"
+
+
+def torch(system: System) -> Iterator[Finding]:
+    """It imports, and was built for the devices that are here."""
+    answer = system.probe("torch_device")
+    told = answer.data()
+    if answer.status is None:
+        name = shlex.quote(f"/tmp/{system.prefix.name}")
+        yield fail(
+            "torch.slow",
+            f"`import torch` {answer.how()} from {system.prefix}: a slow file system, or one that "
+            "many ranks read at once; copy the environment to each node",
+            f"cp -a {shlex.quote(str(system.prefix))} {name} && export PATH={name}/bin:$PATH",
+        )
+    elif not answer.ok:
+        yield fail(
+            "torch.broken",
+            f"`import torch` {_verb(answer)}",
+            absent(system, answer.err) or system.pip("--force-reinstall", "torch"),
+        )
+    else:
+        found = list(_devices(system, told))
+        devices = ", ".join(told["names"]) or "no GPU: computes on the CPU"
+        yield from result("torch", found, f"{told['version']}; {devices}")
+
+
+def _devices(system: System, told: dict[str, object]) -> Iterator[Finding]:
+    gpus = gpu_count(system)
+    if not gpus:
+        return
+    here = "a GPU is here" if gpus == 1 else f"{gpus} GPUs are here"
+    if not told["cuda"]:
+        yield warn(
+            "torch.cpu_build",
+            f"{here}, but torch {told['version']} is a build for CPUs only",
+            system.pip("--force-reinstall", "torch"),
+        )
+    elif not told["available"] and system.env.get("CUDA_VISIBLE_DEVICES", "0") in _UNSEEN:
+        yield warn(
+            "torch.hidden",
+            f"{here}, but CUDA_VISIBLE_DEVICES hides them; in a Slurm job that asked for none, ask "
+            "by --gpus-per-task=1",
+            "unset CUDA_VISIBLE_DEVICES",
+        )
+    elif not told["available"]:
+        why = str(told["complaint"]) or "torch sees none of them"
+        yield warn(
+            "torch.driver",
+            f"{here}, but torch for CUDA {told['cuda']} cannot use them: {why}",
+            system.pip("--force-reinstall", "torch", "--index-url", _OLDER_CUDA),
+        )
+    elif not told["cupy"]:
+        major = str(told["cuda"]).partition(".")[0]
+        yield warn(
+            "torch.cupy",
+            "CuPy is missing, which compiles the codecs' GPU kernels",
+            system.pip(f"cupy-cuda{major}x"),
+        )
+
+
+def gpu_count(system: System) -> int:
+    """NVIDIA's devices of this machine, whoever may use them."""
+    devices = system.at("/dev")
+    if not devices.is_dir():
+        return 0
+    return sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in devices.iterdir())
+
+
+def _verb(answer: Answer) -> str:
+    return answer.how() if (answer.status or 0) < 0 else f"fails: {last_line(answer.err)}"
+
+
+def kernels(system: System) -> Iterator[Finding]:
+    """Built, of this version, and able to run on this processor."""
+    answer = system.probe("native")
+    told = answer.data()
+    missing = str(told.get("missing", ""))
+    if missing:
+        why, _, command = missing.partition("; install")
+        yield warn("kernels.missing", why, _compiler(system) + command.partition("run: ")[2])
+    elif not answer.ok or not told.get("right"):
+        how = "add wrongly" if answer.ok else f"do not run here: {_verb(answer)}"
+        package = ["-e", str(PACKAGE.parent)] if (PACKAGE.parent / "setup.py").is_file() else []
+        command = system.pip("--no-deps", *(package or ["--force-reinstall", "hpcsync"]))
+        fix = absent(system, answer.err) or _compiler(system) + command
+        yield fail("kernels.broken", f"the native kernels {how}", fix)
+    else:
+        yield good("kernels", f"native, {told['isa']}")
+
+
+def _compiler(system: System) -> str:
+    """What comes first where there is no compiler."""
+    if any(map(system.which, ("c++", "g++", "clang++"))):
+        return ""
+    return "apt-get install -y g++ && " if system.which("apt-get") else "module load gcc && "

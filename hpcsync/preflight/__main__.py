@@ -1,0 +1,169 @@
+"""``python -m hpcsync.preflight``: the command.
+
+    processors and memory -> pairs in nodes -> pairs between nodes -> all ranks at once -> verdict
+
+What looks slow is measured a second time before a node is named for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from .. import launch
+from ..collectives import saved_costs
+from ..config import TopologyConfig
+from ..errors import UserError
+from ..launch import AgreedError
+from ..runtime import Runtime
+from .options import parse
+
+if TYPE_CHECKING:
+    from . import judge, report, survey
+
+NAMED = 4  # exit status: some nodes are slow or wrong
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command: ends the process, and with it the job."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    launch.guard(lambda: command(words))
+
+
+def command(argv: Sequence[str]) -> int:
+    """Measure on all ranks of this job; the exit status."""
+    if {"-h", "--help"} & set(argv):  # which needs no MPI
+        parse(argv)
+    with launch.start(TopologyConfig()) as job:
+        options = _read(job, argv)
+    topology = TopologyConfig(ranks_per_node=options.ranks_per_node)
+    with launch.start(topology, options.timeout) as runtime:
+        return preflight(runtime, options)
+
+
+def _read(job: Runtime, argv: Sequence[str]) -> argparse.Namespace:
+    """Rank 0 understands the command line and tells the others."""
+    outcome: argparse.Namespace | str = ""
+    if job.rank == 0:
+        try:
+            outcome = parse(argv)
+        except UserError as error:
+            outcome = str(error)
+    outcome = job.bcast(outcome)
+    if isinstance(outcome, str):
+        raise AgreedError(outcome)
+    return outcome
+
+
+def preflight(runtime: Runtime, options: argparse.Namespace) -> int:
+    """Measure, tell and save; collective."""
+    import torch  # late: a wrong command line should be told at once
+
+    from . import report
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    began = time.perf_counter()
+    found = _measure(runtime, options, began)
+    if runtime.rank == 0:
+        print(report.as_json(found) if options.json else report.as_text(found), flush=True)
+    return NAMED if found.named else 0
+
+
+def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> report.Result:
+    from . import judge, report
+    from .survey import Budget, Survey, machine
+
+    topology = runtime.topology
+    told = runtime.allgather_object((_name(runtime), machine()))
+    names = [told[ranks[0]][0] for ranks in topology.nodes]
+    measuring = Survey(
+        runtime, [told[ranks[0]][1] for ranks in topology.nodes], Budget(runtime, options.seconds)
+    )
+    rates = measuring.compute()
+    levels = {"node": measuring.in_nodes(), "rail": measuring.between_nodes()}
+
+    def verdict() -> tuple[list[judge.NodeFound], list[judge.Slow]]:
+        nodes = judge.nodes_of(topology, names, rates, levels["node"], levels["rail"])
+        return nodes, judge.slow_nodes(nodes, options.slow)
+
+    nodes, slow = verdict()
+    suspected = {each.what for each in slow}
+    if judge.slow_pairs(topology, levels["rail"], options.slow):
+        suspected.add("link")
+    if suspected & {"product", "memory"}:
+        rates = measuring.compute(rates)
+    if "inside" in suspected:
+        levels["node"].look_again(measuring.in_nodes())
+    if suspected & {"link", "latency"}:
+        levels["rail"].look_again(measuring.between_nodes())
+    if suspected:
+        nodes, slow = verdict()
+    measuring.close()
+    faults = [fault for level in levels.values() for fault in level.faults]
+    wrong = judge.wrong_nodes(topology, faults, rates)
+    mpi = launch.mpi_library()[0]
+    saved = ""
+    if runtime.rank == 0:
+        saved = _save(runtime, options, levels, mpi, named=bool(slow or wrong))
+    return report.Result(
+        topology=topology,
+        nodes=nodes,
+        device=rates[0].device,
+        mpi=mpi,
+        seconds=time.perf_counter() - began,
+        levels=levels,
+        slow=slow,
+        slow_pairs=judge.slow_pairs(topology, levels["rail"], options.slow),
+        wrong=wrong,
+        wrong_products=sum(each.wrong for each in rates),
+        saved=saved,
+    )
+
+
+def _name(runtime: Runtime) -> str:
+    """This node as the batch system calls it, which its host need not be called."""
+    return (
+        os.environ.get("SLURMD_NODENAME")
+        or runtime.topology.names[runtime.topology.node_of(runtime.rank)]
+    )
+
+
+def _save(
+    runtime: Runtime,
+    options: argparse.Namespace,
+    levels: dict[str, survey.Level],
+    mpi: str,
+    *,
+    named: bool,
+) -> str:
+    """Keep the costs of links; what is to be told of it."""
+    costs = {name: level.together for name, level in levels.items()}
+    kept = {name: cost for name, cost in costs.items() if cost is not None}
+    if not options.save:
+        return "costs of links: not saved, as --save says"
+    if not kept:
+        return "costs of links: not saved, since there are none between these ranks"
+    if named:
+        return (
+            "costs of links: not saved, since a job had better not use the nodes named above; run "
+            "again without them"
+        )
+    place = saved_costs.Place.here(runtime.topology, mpi)
+    made = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    whole = saved_costs.SavedCosts(made=made, place=place, levels=kept)
+    try:
+        whole.write(Path(options.save))
+    except OSError as error:
+        return f"costs of links: not saved: {options.save}: {error.strerror or error}"
+    return f"costs of links: saved in {options.save} for compress.codec=auto and trace.py whatif"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a rank computes and moves: a matrix product and a copy, on the device that it would use.
+
+A rate is the best of several windows. Each window is longer than the period by which a quota of
+processor time is given out, so that a quota shows in all of them; a moment in which the system did
+something else shows in one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_WINDOWS = 2
+_WINDOW_S = 0.2
+_WARM = 2  # calls that do not count
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the work: rows of the square matrices, bytes of the array that is copied.
+
+    Each call takes milliseconds, and an array does not fit into a cache.
+    """
+
+    rows: int
+    nbytes: int
+
+
+_SIZES = {"cpu": Size(768, 64 << 20), "cuda": Size(8192, 1 << 30)}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of one rank.
+
+    Attributes:
+        product: float32 operations a second of a matrix product.
+        memory: bytes a second that a copy reads and writes.
+        wrong: products that were not the same bits as the first.
+        device: what computed.
+    """
+
+    product: float
+    memory: float
+    wrong: int
+    device: str
+
+    def better(self, other: Rates) -> Rates:
+        """The best of two measurements of a rank."""
+        return Rates(
+            max(self.product, other.product),
+            max(self.memory, other.memory),
+            self.wrong + other.wrong,
+            self.device,
+        )
+
+
+def device_of(local_rank: int) -> torch.device:
+    """A GPU of the node, by the rank's place on it; the processor where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+class Bench:
+    """The work of one rank; holds its memory."""
+
+    def __init__(self, device: torch.device, size: Size | None = None) -> None:
+        self._device = device
+        self._synchronize: Callable[[], None] = torch.get_device_module(device).synchronize
+        size = size or _SIZES[device.type]
+        # Small whole numbers: whatever the order of additions, the product is exact.
+        values = torch.arange(size.rows * size.rows, dtype=torch.float32, device=device)
+        self._left = (values % 7).reshape(size.rows, size.rows)
+        self._right = (values % 5).reshape(size.rows, size.rows)
+        self._product = self._left @ self._right
+        self._first = self._product.clone()
+        self._source = torch.ones(size.nbytes // 4, device=device)
+        self._target = torch.zeros_like(self._source)
+        self._operations = 2.0 * size.rows**3
+        self._moved = 2.0 * size.nbytes
+
+    def measure(self, windows: int = _WINDOWS, window_s: float = _WINDOW_S) -> Rates:
+        """The best of several windows of either kind, in turns."""
+        product = memory = 0.0
+        wrong = 0
+        for _ in range(windows):
+            product = max(
+                product, self._operations * self._calls_a_second(self._multiply, window_s)
+            )
+            wrong += not torch.equal(self._product, self._first)
+            memory = max(memory, self._moved * self._calls_a_second(self._copy, window_s))
+        return Rates(product, memory, wrong, str(self._device))
+
+    def _multiply(self) -> None:
+        torch.matmul(self._left, self._right, out=self._product)
+
+    def _copy(self) -> None:
+        self._target.copy_(self._source)
+
+    def _calls_a_second(self, work: Callable[[], None], window_s: float) -> float:
+        for _ in range(_WARM):
+            work()
+        self._synchronize()
+        began, calls, taken = time.perf_counter(), 0, 0.0
+        while taken < window_s:
+            work()
+            self._synchronize()
+            calls += 1
+            taken = time.perf_counter() - began
+        return calls / taken

@@ -1,0 +1,216 @@
+"""What ranks compute and what goes between them, measured over the job; every call is collective.
+
+All ranks end with the same numbers. Phases that measure nodes in turns stop when the time that was
+given is over; what was left out is told.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..collectives import Collectives
+from ..collectives.costs import LinkCost
+from ..collectives.link_probe import probe_link
+from ..config import CommConfig
+from ..device.base import Array
+from ..runtime import Runtime
+from . import turns
+from .compute import Bench, Rates, device_of
+from .wire import Between, Fault, Wire
+
+_IN_NODE, _BETWEEN_NODES = 16 << 20, 64 << 20  # bytes of the largest transfer
+_LOOKS = 2  # at all ranks together
+_PATTERN = 251  # a prime, so that a message that went elsewhere does not look right
+
+
+@dataclass(frozen=True, slots=True)
+class PairFound:
+    """What two ranks found together; ``low`` is the lower rank."""
+
+    low: int
+    high: int
+    rate: float
+    latency_s: float
+
+
+@dataclass(slots=True)
+class Level:
+    """What was found in nodes, or between them.
+
+    Attributes:
+        pairs: of ranks that exchanged one by one.
+        together: all ranks of the level at once; None if nothing was exchanged.
+        faults: transfers that were wrong.
+        transfers: how many were compared.
+        left_out: waves of pairs for which there was no time.
+    """
+
+    pairs: list[PairFound] = field(default_factory=list)
+    together: LinkCost | None = None
+    faults: list[Fault] = field(default_factory=list)
+    transfers: int = 0
+    left_out: int = 0
+
+    def look_again(self, other: Level) -> None:
+        """Take what was better in a second measurement, and what was wrong in either."""
+        before = {(pair.low, pair.high): pair for pair in self.pairs}
+        for pair in other.pairs:
+            then = before.get((pair.low, pair.high), pair)
+            before[pair.low, pair.high] = PairFound(
+                pair.low,
+                pair.high,
+                max(pair.rate, then.rate),
+                min(pair.latency_s, then.latency_s),
+            )
+        self.pairs = list(before.values())
+        both = [each for each in (self.together, other.together) if each is not None]
+        self.together = min(both, key=lambda cost: cost.wire_s, default=None)
+        self.faults += other.faults
+        self.transfers += other.transfers
+
+
+class Budget:
+    """Seconds that may be spent; rank 0's clock counts."""
+
+    def __init__(self, runtime: Runtime, seconds: float) -> None:
+        self._runtime = runtime
+        self._until = time.monotonic() + seconds
+
+    def spent(self) -> bool:
+        return bool(self._runtime.bcast(time.monotonic() > self._until))
+
+
+class Survey:
+    """Measures a job.
+
+    Args:
+        machines: what tells each node's machine from others, by node.
+    """
+
+    def __init__(self, runtime: Runtime, machines: Sequence[str], budget: Budget) -> None:
+        self._runtime, self._machines, self._budget = runtime, list(machines), budget
+        self._comm = runtime.comm.Dup()
+        self._node_comm = runtime.group(runtime.topology.node(runtime.rank))
+        self._node = runtime.topology.node_of(runtime.rank)
+
+    def close(self) -> None:
+        """Free the communicators."""
+        self._comm.Free()
+        self._node_comm.Free()
+
+    def compute(self, before: Sequence[Rates] = ()) -> list[Rates]:
+        """Of every rank; the ranks of a node at once.
+
+        Args:
+            before: an earlier measurement; the better of both counts.
+        """
+        runtime = self._runtime
+        shift = turns.shifts(self._machines)
+        bench = Bench(device_of(runtime.local_rank))
+        mine: Rates | None = None
+        for turn in range(max(shift) + 1):
+            runtime.barrier()
+            if turn == shift[self._node]:
+                runtime.wait(self._node_comm.Ibarrier())
+                mine = bench.measure()
+        found: list[Rates] = runtime.allgather_object(mine)
+        if before:
+            found = [now.better(then) for now, then in zip(found, before, strict=True)]
+        return found
+
+    def in_nodes(self) -> Level:
+        """Ranks of a node, in pairs and together."""
+        waves = turns.in_nodes(self._runtime.topology, self._machines)
+        return self._level(waves, _IN_NODE, "node") if waves else Level()
+
+    def between_nodes(self) -> Level:
+        """The nodes' first ranks in pairs, and all rails together."""
+        waves = turns.between_nodes(self._runtime.topology, self._machines)
+        return self._level(waves, _BETWEEN_NODES, "rail") if waves else Level()
+
+    def _level(self, waves: Sequence[Sequence[turns.Pair]], largest: int, name: str) -> Level:
+        level = Level()
+        self._in_pairs(level, waves, largest)
+        if not self._budget.spent():
+            level.together = self._together(level, name)
+        return level
+
+    def _in_pairs(self, level: Level, waves: Sequence[Sequence[turns.Pair]], largest: int) -> None:
+        runtime = self._runtime
+        waiting = {rank for wave in waves for pair in wave for rank in pair}
+        wire = None
+        if runtime.rank in waiting:
+            wire = Wire(self._comm, largest, runtime.timeout_s)
+        mine: list[tuple[int, Between]] = []
+        for at, wave in enumerate(waves):
+            # Everybody has a turn before the time counts.
+            if not waiting and self._budget.spent():
+                level.left_out = len(waves) - at
+                break
+            waiting -= {rank for pair in wave for rank in pair}
+            runtime.barrier()
+            for low, high in wave:
+                if wire is not None and runtime.rank in (low, high):
+                    other = high if runtime.rank == low else low
+                    mine.append((other, wire.measure(other)))
+        for rank, told in enumerate(runtime.allgather_object(mine)):
+            for other, found in told:
+                level.faults += found.faults
+                level.transfers += found.transfers
+                if rank < other:
+                    level.pairs.append(PairFound(rank, other, found.rate, found.latency_s))
+
+    def _together(self, level: Level, name: str) -> LinkCost:
+        """The best of a few looks, by time of a byte."""
+        runtime = self._runtime
+        # Messages of MPI in the node as well: they are what is compared.
+        collectives = Collectives(runtime, CommConfig(node_transport="mpi_host"))
+        transport = collectives.node if name == "node" else collectives.rail
+        costs = []
+        for _ in range(_LOOKS):
+            check = _Filled(runtime.rank)
+            costs.append(probe_link(runtime, collectives.progress, transport, check))
+            for faults, looks in runtime.allgather_object((check.faults, check.looks)):
+                level.faults += faults
+                level.transfers += looks
+        latency_s = sorted(cost.latency_s for cost in costs)[len(costs) // 2]
+        return replace(min(costs, key=lambda cost: cost.wire_s), latency_s=latency_s)
+
+
+class _Filled:
+    """Fills messages with a pattern of the sender's own, and looks whether that came."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self.faults: list[Fault] = []
+        self.looks = 0
+
+    def fill(self, sent: Array) -> None:
+        sent[:] = _pattern(sent.size, self._rank)
+
+    def look(self, came: Array, sender: int) -> None:
+        self.looks += 1
+        differ = np.flatnonzero(came != _pattern(came.size, sender))
+        if differ.size:
+            words = len(np.unique(differ // 8))
+            fault = Fault(sender, self._rank, words, int(differ[0]), came.size)
+            self.faults.append(fault)
+
+
+def _pattern(nbytes: int, rank: int) -> Array:
+    """Bytes from 1 on, since messages are cleared before they come."""
+    return np.resize(np.roll(np.arange(1, _PATTERN + 1, dtype=np.uint8), rank * 97), nbytes)
+
+
+def machine() -> str:
+    """What tells this machine from others: containers of one share a running kernel."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()

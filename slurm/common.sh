@@ -1,0 +1,281 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it inside a Slurm job.
+#
+#     prepare "$environment"         environment, MPI library, ranks, launcher
+#     supervise COMMAND...           run COMMAND on all ranks, answer signals; its exit status
+#
+# Variables that say what is not to be found out (export them before sbatch):
+#
+#     HPCSYNC_ENVIRONMENT      commands in place of the script's line, for all scripts
+#     HPCSYNC_PYTHON           python
+#     HPCSYNC_CONTAINER        image that all ranks run in (hpcsync.def)
+#     HPCSYNC_SITE             openmpi, mpich, cray, or a file like those in sites/
+#     HPCSYNC_LAUNCHER         srun or mpirun
+#     HPCSYNC_MPI              srun's --mpi=, one of `srun --mpi=list`
+#     HPCSYNC_RANK             socket or core: what a rank gets on nodes without GPUs
+#     HPCSYNC_SRUN_ARGS        further options of srun
+#     HPCSYNC_MPIRUN_ARGS      further options of mpirun
+#     HPCSYNC_SLURM            this folder, if it cannot be found
+
+say() { echo "hpcsync: $*" >&2; }
+
+die() {
+    say "error: $*"
+    exit 2
+}
+
+# Where this file is, and what sites/*.env set.
+: "${here:?}" "${mpi_plugins=}" "${mpi=}"
+
+# Sets: nodes ranks per_node cpus threads python mpi launcher, and how in words.
+prepare() {
+    load_environment "${HPCSYNC_ENVIRONMENT:-$1}"
+    lay_out
+    find_python
+    find_site
+    choose_launcher
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+    say "$ranks ranks on $nodes nodes, CPUs each: $cpus, by $how ($mpi)"
+}
+
+load_environment() {
+    local file
+    # Batch shells are no login shells, in which alone some sites define `module`.
+    if [[ $1 == *module* ]] && ! declare -F module >/dev/null; then
+        for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+            # shellcheck source=/dev/null
+            [[ -r $file ]] && source "$file" && break
+        done
+    fi
+    eval "$1" || die "the environment line failed: $1"
+}
+
+# One rank a GPU; else as many as sbatch was told; else one a socket or core.
+lay_out() {
+    local on_node=${SLURM_CPUS_ON_NODE:-$(nproc)} per_core cores sockets
+    nodes=${SLURM_JOB_NUM_NODES:-1}
+    per_core=$(lscpu -p=CPU | grep -vc '^#')
+    cores=$(lscpu -p=Core,Socket | grep -v '^#' | sort -u | wc -l)
+    sockets=$(lscpu -p=Socket | grep -v '^#' | sort -u | wc -l)
+    per_core=$((cores && per_core > cores ? per_core / cores : 1))
+    if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
+        per_node=${SLURM_NTASKS_PER_NODE%%(*}
+        ranks=$((nodes * per_node))
+    elif [[ -n ${SLURM_NTASKS:-} ]]; then
+        ranks=$SLURM_NTASKS
+        per_node=$(((ranks + nodes - 1) / nodes))
+    else
+        if [[ ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]]; then
+            per_node=$SLURM_GPUS_ON_NODE
+        elif [[ ${HPCSYNC_RANK:-socket} == core ]]; then
+            per_node=$((on_node / per_core))
+        elif [[ ${HPCSYNC_RANK:-socket} == socket ]]; then
+            per_node=$sockets
+        else
+            die "HPCSYNC_RANK=$HPCSYNC_RANK: must be socket or core"
+        fi
+        per_node=$((per_node > on_node ? on_node : per_node > 0 ? per_node : 1))
+        ranks=$((nodes * per_node))
+    fi
+    cpus=${SLURM_CPUS_PER_TASK:-$((on_node / per_node))}
+    cpus=$((cpus > 0 ? cpus : 1))
+    threads=$((cpus > per_core ? cpus / per_core : 1))
+}
+
+find_python() {
+    local name=${HPCSYNC_PYTHON:-python}
+    if [[ -n ${HPCSYNC_CONTAINER:-} ]]; then
+        [[ -e $HPCSYNC_CONTAINER ]] || die "HPCSYNC_CONTAINER: $HPCSYNC_CONTAINER is missing"
+        python=(apptainer exec "$HPCSYNC_CONTAINER" python)
+    else
+        python=("$name")
+    fi
+    # A checkout need not be installed.
+    [[ -f $here/../hpcsync/__init__.py ]] && export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
+    "${python[@]}" -c 'import hpcsync, mpi4py, torch' 2>"$scratch/python" ||
+        die "${python[*]} cannot import hpcsync and what it needs ($(tail -n 1 "$scratch/python"));" \
+            "put what your site needs into line 3 of the script, such as" \
+            "environment='module load openmpi; source ~/hpcsync/.venv/bin/activate'"
+}
+
+# The settings of the MPI library that mpi4py loads.
+find_site() {
+    local site=${HPCSYNC_SITE:-}
+    mpi=$("${python[@]}" -c 'import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version().strip("\0").split(",")[0].splitlines()[0])' 2>"$scratch/mpi") ||
+        die "mpi4py finds no MPI library ($(tail -n 1 "$scratch/mpi")); load your site's MPI in" \
+            "line 3 of the script, or pip install 'hpcsync[mpi]'"
+    if [[ -z $site ]]; then
+        case $mpi in
+            "Open MPI"*) site=openmpi ;;
+            *CRAY*) site=cray ;;
+            *) site=mpich ;;
+        esac
+    fi
+    [[ $site == */* ]] || site=$here/sites/$site.env
+    [[ -r $site ]] || die "HPCSYNC_SITE: $site cannot be read"
+    # shellcheck source=/dev/null
+    source "$site"
+}
+
+# By srun with a plug-in that the site has, else by mpirun. Two ranks must find each other: what is
+# listed may still not fit the MPI library, and N jobs of one rank would train.
+choose_launcher() {
+    local listed plugin tried=()
+    listed=$(srun --mpi=list 2>&1)
+    if [[ -n ${HPCSYNC_MPI:-} ]]; then
+        by_srun "$HPCSYNC_MPI"
+        return
+    elif [[ ${HPCSYNC_LAUNCHER:-} != mpirun ]]; then
+        for plugin in $mpi_plugins; do
+            grep -qw -- "$plugin" <<<"$listed" || continue
+            by_srun "$plugin"
+            meet && return
+            tried+=("$how")
+        done
+    fi
+    if [[ ${HPCSYNC_LAUNCHER:-} != srun ]] && command -v mpirun >/dev/null; then
+        by_mpirun
+        meet && return
+        tried+=(mpirun)
+    fi
+    die "the ranks do not find each other by ${tried[*]:-srun} ($(tail -n 1 "$scratch/meet" 2>&1));" \
+        "this site has: $(tr '\n\t' '  ' <<<"$listed"); name one by HPCSYNC_MPI, or see" \
+        "\`python -m hpcsync.doctor\`"
+}
+
+by_srun() {
+    how="srun --mpi=$1"
+    launcher=(srun "--mpi=$1" "--nodes=$nodes" "--ntasks=$ranks")
+    ((ranks == nodes * per_node)) && launcher+=("--ntasks-per-node=$per_node")
+    # A rank that fails ends the others; one that ended well waits a minute for them.
+    launcher+=("--cpus-per-task=$cpus" --cpu-bind=cores --kill-on-bad-exit=1 --wait=60)
+    # All ranks see all GPUs of their node: their own is chosen by local rank, and the memory of
+    # the others stays within reach.
+    [[ ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]] && launcher+=(--gpu-bind=none)
+    add_words "${HPCSYNC_SRUN_ARGS:-}"
+}
+
+by_mpirun() {
+    how=mpirun
+    if [[ $mpi == "Open MPI"* ]]; then
+        # It takes its slots from here, and sbatch was maybe told of nodes only.
+        export SLURM_TASKS_PER_NODE="$per_node(x$nodes)"
+        launcher=(mpirun -n "$ranks" --map-by "ppr:$per_node:node:PE=$threads" --bind-to core)
+    else
+        launcher=(mpirun -n "$ranks" -ppn "$per_node" -bind-to "core:$threads")
+    fi
+    add_words "${HPCSYNC_MPIRUN_ARGS:-}"
+}
+
+add_words() {
+    local more
+    read -ra more <<<"$1"
+    launcher+=("${more[@]}")
+}
+
+# Whether all ranks find each other; one rank has nobody to find.
+meet() {
+    ((ranks == 1)) && return
+    timeout 300 "${launcher[@]}" "${python[@]}" -c '
+from mpi4py import MPI
+if MPI.COMM_WORLD.Get_size() != '"$ranks"':
+    raise SystemExit(f"each rank is one of {MPI.COMM_WORLD.Get_size()}")' >"$scratch/meet" 2>&1 ||
+        { say "ranks do not find each other by $how" && false; }
+}
+
+# Runs a command on all ranks. USR1, Slurm's word that the time limit is near, becomes USR2: save
+# and leave. TERM is passed on.
+supervise() {
+    local status interrupted
+    # A signal that comes while a rank starts must not end it; it is sent again later.
+    (
+        trap '' USR1 USR2
+        # srun gives its tasks the usual answers to signals.
+        # shellcheck disable=SC2016  # for the shell of the rank
+        exec "${launcher[@]}" bash -c 'trap "" USR1 USR2; exec "$@"' rank "$@"
+    ) &
+    child=$!
+    trap 'interrupted=1; asked_to_leave' USR1
+    trap 'interrupted=1; kill -TERM "$child" 2>/dev/null' TERM INT
+    [[ -z $early ]] || asked_to_leave
+    while :; do
+        interrupted=
+        wait "$child"
+        status=$?
+        [[ -n $interrupted ]] || break # else it was the wait that ended
+    done
+    child=
+    # The launcher may have killed the slower ranks for the status of the first, and tell of that.
+    if ((status)) && [[ -s $HPCSYNC_STATUS_FILE && $(<"$HPCSYNC_STATUS_FILE") != 0 ]]; then
+        status=$(<"$HPCSYNC_STATUS_FILE")
+    fi
+    trap - USR1 TERM INT
+    [[ -z ${teller:-} ]] || kill "$teller" 2>/dev/null
+    return "$status"
+}
+
+asked_to_leave() {
+    [[ -n ${teller:-} ]] && return
+    say "the time limit is near: the ranks save and leave"
+    (
+        trap - USR1 TERM INT
+        # Nor may it reach a launcher that has only just been started.
+        [[ -z $early ]] || read -rt 10 <> <(:)
+        while kill -USR2 "$child" 2>/dev/null; do
+            read -rt 5 <> <(:) # sleeps, with no process that could be left behind
+        done
+    ) &
+    teller=$!
+}
+
+clean_up() {
+    [[ -z ${teller:-} ]] || kill "$teller" 2>/dev/null
+    [[ -z ${child:-} ]] || kill -TERM "$child" 2>/dev/null
+    rm -rf "$scratch"
+}
+
+# Ends the script; for a run that saved and left (75) puts the job into the queue again.
+requeue_or_exit() {
+    local status=$1
+    if ((status == 75)); then
+        # Slurm ends this script for it: what is left to do is done here.
+        clean_up
+        trap '' TERM
+        if scontrol requeue "$SLURM_JOB_ID"; then
+            say "saved; job $SLURM_JOB_ID is in the queue again and goes on from there"
+        else
+            say "saved, but this site does not requeue jobs: submit the same again with" \
+                "run.name=$name, or use slurm/chain.sh"
+        fi
+    elif ((status)); then
+        say "ended with status $status; if the ranks did not start well, see" \
+            "${launcher[*]} python -m hpcsync.doctor"
+    fi
+    exit "$status"
+}
+
+# Sets the array `command` from the words of the user, for the run called $1.
+train_command() {
+    local word words=" ${*:2} "
+    name=${1//[^[:alnum:]._-]/_}
+    if [[ ${2:-} == *.py ]]; then # the user's own script
+        command=("${python[@]}" "${@:2}")
+        return
+    fi
+    command=("${python[@]}" -m hpcsync.train "${@:2}")
+    for word in "${@:2}"; do
+        [[ $word == run.name=* ]] && name=${word#run.name=}
+    done
+    [[ $words == *" run.name="* || $words == *" --out"* ]] || command+=("run.name=\"$name\"")
+    [[ $words == *" train.threads="* ]] || command+=("train.threads=$threads")
+    [[ $words == *" --resume"* ]] || command+=(--resume auto)
+}
+
+scratch=$(mktemp -d)
+export HPCSYNC_STATUS_FILE=$scratch/status
+early=
+trap 'early=1' USR1 # the time limit may be near before the ranks have started
+trap clean_up EXIT

@@ -1,0 +1,264 @@
+"""The scripts of slurm/ without a Slurm: clean shell, and what they decide."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import launcher
+
+SLURM = launcher.ROOT / "slurm"
+JOBS = ("train.sh", "chain.sh", "bench.sh", "preflight.sh")
+SHELL = sorted([*SLURM.glob("*.sh"), *SLURM.glob("sites/*.env")])
+
+
+@pytest.mark.parametrize("script", SHELL, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is missing: apt-get install shellcheck")
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", f"--source-path={launcher.ROOT}", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_user_edits_three_lines_at_most(name: str) -> None:
+    text = (SLURM / name).read_text()
+    for line in ("##SBATCH --account=", "##SBATCH --partition=", "environment=''"):
+        assert text.count(f"\n{line}") == 1
+    # sbatch reads options up to the first command only.
+    head = text[: text.index("\nenvironment=")]
+    assert text.count("\n#SBATCH ") == head.count("\n#SBATCH ") > 3
+    assert os.access(SLURM / name, os.X_OK)
+
+
+def test_train_can_be_requeued() -> None:
+    for name in ("train.sh", "chain.sh"):
+        text = (SLURM / name).read_text()
+        for option in ("--signal=B:USR1@120", "--requeue", "--open-mode=append"):
+            assert f"\n#SBATCH {option}\n" in text
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Path:
+    """A folder of commands that stand for a node's: two sockets of four cores of two threads."""
+    cpus = [(cpu, cpu % 8, cpu % 8 // 4) for cpu in range(16)]
+    columns = {"CPU": 0, "Core,Socket": slice(1, 3), "Socket": 2}
+    for wanted, column in columns.items():
+        cells = [cpu[column] for cpu in cpus]
+        lines = [",".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in cells]
+        (tmp_path / f"lscpu-{wanted}").write_text("# a comment\n" + "\n".join(lines) + "\n")
+    fake(tmp_path, "lscpu", f'cat "{tmp_path}/lscpu-${{1#-p=}}"')
+    return tmp_path
+
+
+def fake(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def shell(fakes: Path, script: str, status: int = 0, **env: str) -> str:
+    """What a script prints after it has sourced common.sh."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "HPCSYNC_"))}
+    done = subprocess.run(
+        ["bash", "-c", f'here={SLURM}; source "$here/common.sh"; {script}'],
+        env={**clean, "PATH": f"{fakes}:{clean['PATH']}", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    [
+        ({}, "4 2 8 4"),  # a socket each
+        ({"HPCSYNC_RANK": "core"}, "16 8 2 1"),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "8 4 4 2"),
+        ({"SLURM_NTASKS_PER_NODE": "1"}, "2 1 16 8"),
+        ({"SLURM_NTASKS": "3"}, "3 2 8 4"),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "4"}, "4 2 4 2"),
+        ({"SLURM_CPUS_ON_NODE": "1"}, "2 1 1 1"),
+    ],
+)
+def test_ranks_and_their_cores(fakes: Path, env: dict[str, str], wanted: str) -> None:
+    """Ranks, ranks a node, CPUs and threads a rank, on two nodes."""
+    node = {"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "16"}
+    found = shell(fakes, "lay_out; echo $ranks $per_node $cpus $threads", **{**node, **env})
+    assert found.strip() == wanted
+
+
+def test_what_is_no_kind_of_rank(fakes: Path) -> None:
+    told = shell(fakes, "lay_out", 2, HPCSYNC_RANK="rack")
+    assert told == "hpcsync: error: HPCSYNC_RANK=rack: must be socket or core\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("", 'run.name="a_b-7" train.threads=4 --resume auto'),
+        (
+            "my.toml train.steps=3",
+            'my.toml train.steps=3 run.name="a_b-7" train.threads=4 --resume auto',
+        ),
+        (
+            "run.name=x train.threads=1 --resume runs/x",
+            "run.name=x train.threads=1 --resume runs/x",
+        ),
+        ("--out there", "--out there train.threads=4 --resume auto"),
+    ],
+)
+def test_the_words_of_the_user_count(fakes: Path, words: str, wanted: str) -> None:
+    script = f'python=(python); threads=4; train_command "a/b-7" {words}; echo "${{command[*]}}"'
+    assert shell(fakes, script).strip() == f"python -m hpcsync.train {wanted}".replace("  ", " ")
+
+
+def test_a_script_of_ones_own_is_left_alone(fakes: Path) -> None:
+    script = 'python=(python); threads=4; train_command x own.py --its; echo "${command[*]}"'
+    assert shell(fakes, script).strip() == "python own.py --its"
+
+
+LIBRARIES = {
+    "Open MPI v5.0.11": ("openmpi", "pmix"),
+    "MPICH Version:      4.2.0": ("mpich", "pmi2 pmix"),
+    "Intel(R) MPI Library 2021.11": ("mpich", "pmi2 pmix"),
+    "MPI VERSION    : CRAY MPICH version 8.1.28": ("cray", "cray_shasta pmi2"),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_settings_of_each_mpi(fakes: Path, library: str) -> None:
+    name, plugins = LIBRARIES[library]
+    fake(fakes, "python", f'echo "{library}"')
+    script = 'python=(python); find_site; echo "$mpi_plugins"; env'
+    found = shell(fakes, script, SLURM_GPUS_ON_NODE="4").splitlines()
+    assert found[0] == plugins
+    text = (SLURM / "sites" / f"{name}.env").read_text()
+    for variable in re.findall(r"^ *export (\w+)=\$", text, re.MULTILINE):
+        if not variable.startswith("I_MPI") or library.startswith("Intel"):
+            assert [line for line in found if line.startswith(f"{variable}=")], variable
+    # Each setting has its reason above it.
+    for block in re.split(r"\n\n", text):
+        assert "export " not in block or block.lstrip().startswith(("#", "if", "fi")), block
+
+
+def test_what_the_user_has_set_stays(fakes: Path) -> None:
+    fake(fakes, "python", 'echo "Open MPI v5.0.11"')
+    found = shell(fakes, "python=(python); find_site; env", PMIX_MCA_gds="shmem2")
+    assert "PMIX_MCA_gds=shmem2" in found.splitlines()
+
+
+def choose(fakes: Path, listed: str, works: str, **env: str) -> str:
+    """The launcher on a site that lists plug-ins, where commands that match a pattern work."""
+    fake(
+        fakes,
+        "srun",
+        f'[[ $1 == --mpi=list ]] && echo "{listed}" && exit; [[ "srun $*" == {works} ]]',
+    )
+    fake(fakes, "mpirun", f'[[ "mpirun $*" == {works} ]]')
+    script = (
+        "python=(python); nodes=2 ranks=4 per_node=2 cpus=8 threads=4 mpi='Open MPI v5.0.11'; "
+        'mpi_plugins="pmix pmi2"; choose_launcher; echo "${launcher[*]}"'
+    )
+    status = 2 if works == "nothing" else 0
+    return shell(fakes, script, status, **env).splitlines()[-1]
+
+
+def test_the_launcher_is_one_that_works(fakes: Path) -> None:
+    srun = (
+        "srun --mpi={} --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=8 "
+        "--cpu-bind=cores --kill-on-bad-exit=1 --wait=60"
+    )
+    both = "pmi2 pmix none"
+    mpirun = "mpirun -n 4 --map-by ppr:2:node:PE=4 --bind-to core"
+    assert choose(fakes, both, "*") == srun.format("pmix")
+    assert choose(fakes, both, "*mpi=pmi2*") == srun.format("pmi2")
+    assert choose(fakes, "none", "*") == mpirun
+    assert choose(fakes, both, "mpirun*") == mpirun
+    assert choose(fakes, both, "*", HPCSYNC_LAUNCHER="mpirun") == mpirun
+    assert choose(fakes, both, "*", HPCSYNC_MPI="pmi2") == srun.format("pmi2")
+    assert choose(fakes, both, "*", HPCSYNC_SRUN_ARGS="-q x") == srun.format("pmix") + " -q x"
+    assert choose(fakes, both, "*", SLURM_GPUS_ON_NODE="2").endswith("--gpu-bind=none")
+    told = choose(fakes, both, "nothing")
+    assert "do not find each other by srun --mpi=pmix" in told
+    assert "pmi2 pmix none" in told
+
+
+def test_a_python_without_hpcsync(fakes: Path) -> None:
+    fake(fakes, "python", "echo \"No module named 'torch'\" >&2; false")
+    told = shell(fakes, "find_python", 2)
+    assert "python cannot import hpcsync and what it needs (No module named 'torch')" in told
+    assert "line 3" in told
+
+
+def test_a_container(fakes: Path) -> None:
+    image = fakes / "hpcsync.sif"
+    assert "is missing" in shell(fakes, "find_python", 2, HPCSYNC_CONTAINER=str(image))
+    image.touch()
+    fake(fakes, "apptainer", "exit 0")
+    script = 'find_python; echo "${python[*]}"'
+    found = shell(fakes, script, HPCSYNC_CONTAINER=str(image))
+    assert found == f"apptainer exec {image} python\n"
+
+
+def test_the_definition_of_the_container_names_what_is_there() -> None:
+    text = (SLURM / "hpcsync.def").read_text()
+    assert re.match(r"Bootstrap: \w+\nFrom: \S+\n", text)
+    sections = re.split(r"^%(\w+)$", text, flags=re.MULTILINE)
+    found = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert list(found) == ["files", "post", "environment", "runscript", "test"]
+    for line in found["files"].split("\n"):
+        if line.strip():
+            source, target = line.split()
+            assert (launcher.ROOT / source).exists(), source
+            assert target == f"/opt/hpcsync/{source}"
+    for name in ("post", "environment", "runscript", "test"):
+        subprocess.run(["bash", "-n"], input=found[name], text=True, check=True)
+
+
+PROGRAM = """
+import pathlib, signal, sys
+heard = []
+signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+pathlib.Path("ready").touch()
+while not heard:
+    signal.sigtimedwait([], 0.05)
+sys.exit(75)
+"""
+
+
+def test_the_status_of_the_program_is_told_whatever_comes_between(fakes: Path) -> None:
+    """USR1 becomes USR2, until the program has heard it; its status counts."""
+    (fakes / "program.py").write_text(PROGRAM)
+    enter = f"cd {fakes}; launcher=(env); "
+    signals = "(until [[ -e ready ]]; do sleep 0.05; done; kill -USR1 $$; kill -USR1 $$) & "
+    go = f"supervise {sys.executable} program.py; echo status $?"
+    told = shell(fakes, enter + signals + go)
+    assert told.count("the time limit is near") == 1
+    assert told.endswith("status 75\n")
+    # Before there is a program that could hear it.
+    told = shell(fakes, f"{enter} kill -USR1 $$; {go}")
+    assert told.endswith("status 75\n")
+    assert shell(fakes, f"{enter} supervise bash -c 'exit 7'; echo status $?") == "status 7\n"
+
+
+def test_term_is_passed_on(fakes: Path) -> None:
+    (fakes / "program.py").write_text(PROGRAM.replace("SIGUSR2", "SIGTERM").replace("75", "143"))
+    signals = "(until [[ -e ready ]]; do sleep 0.05; done; kill -TERM $$) & "
+    go = f"supervise {sys.executable} program.py; echo status $?"
+    told = shell(fakes, f"cd {fakes}; launcher=(env); {signals} {go}")
+    assert told == "status 143\n"
