@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -256,8 +258,27 @@ COMM_WORLD = Comm()
 def test_mpi_that_does_not_start(tmp_path: Path, code: str, fault: str) -> None:
     """As with a network that MPI tries, and that the fix leaves out."""
     fake = module(tmp_path, "mpi4py.MPI", FAKE_MPI.format(fault=fault))
-    command = doctor("--json", "--only", "mpi", "--limit", "10")
+    command = doctor("--json", "--only", "mpi", "--limit", "15")
     mended(code, "", command, fix="export OMPI_MCA_pml=ob1", env={"PYTHONPATH": f"{ROOT}:{fake}"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_stays_behind_when_it_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+    """While its child hangs in MPI."""
+    began = tmp_path / "began"
+    fault = f"open({str(began)!r}, 'w').close(); time.sleep(600)"
+    fake = module(tmp_path, "mpi4py.MPI", FAKE_MPI.format(fault=fault))
+    command = [sys.executable, "-m", "hpcsync.doctor", "--only", "mpi", "--limit", "300"]
+    job = launcher.Job(command, env={"PYTHONPATH": f"{ROOT}:{fake}"})
+    deadline = time.monotonic() + 120
+    while not began.exists():
+        assert time.monotonic() < deadline, job.wait(0.1).describe()
+        time.sleep(0.05)
+    job.signal(number)
+    outcome = job.wait(60)
+    outcome.assert_clean()
+    assert outcome.status == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in outcome.text
 
 
 @needs_mpi

@@ -207,10 +207,10 @@ def test_how_a_child_ended(code: str, how: str) -> None:
 
 def test_a_child_that_hangs_tells_how_far_it_came() -> None:
     code = "import time; print('{\"stage\": 1}', flush=True); time.sleep(600)"
-    answer = children.call([sys.executable, "-c", code], {}, 5)
+    answer = children.call([sys.executable, "-c", code], {}, 10)
     assert answer.status is None
     assert answer.data() == {"stage": 1}
-    assert answer.how() == "did not end in 5 s"
+    assert answer.how() == "did not end in 10 s"
 
 
 def test_a_program_that_is_missing() -> None:

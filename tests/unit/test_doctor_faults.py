@@ -150,7 +150,7 @@ def test_torch_on_a_slow_file_system(tmp_path: Path) -> None:
         f"{code}\n    time.sleep(600)\n" + TORCH.format(available="return False", cuda=None),
     )
     copy = Path("/tmp") / slow.folder.name
-    here = system(python=str(slow.python), prefix=slow.folder, limit_s=8)
+    here = system(python=str(slow.python), prefix=slow.folder, limit_s=15)
 
     def then(mend: System) -> System:
         assert mend.env["PATH"].startswith(f"{copy}/bin:")
@@ -390,7 +390,7 @@ def test_file_system_that_does_not_answer(tmp_path: Path, folders: dict[str, str
         "os.fsync = fsync\n"
     )
     env = {**folders, "PYTHONPATH": str(module(tmp_path / "fake", "sitecustomize", code))}
-    here = running_in(system(env, limit_s=8), tmp_path / "bad")
+    here = running_in(system(env, limit_s=15), tmp_path / "bad")
     found = mended_here(storage.folder, "folder.stuck", here, fix="doctor run.dir=")
     assert found.fix == f"doctor run.dir={tmp_path}/good/runs"
 
