@@ -83,15 +83,14 @@ lay_out() {
 }
 
 find_python() {
-    local name=${HPCSYNC_PYTHON:-python}
     if [[ -n ${HPCSYNC_CONTAINER:-} ]]; then
         [[ -e $HPCSYNC_CONTAINER ]] || die "HPCSYNC_CONTAINER: $HPCSYNC_CONTAINER is missing"
         python=(apptainer exec "$HPCSYNC_CONTAINER" python)
     else
-        python=("$name")
+        python=("${HPCSYNC_PYTHON:-python}")
+        # A checkout need not be installed.
+        [[ -f $here/../hpcsync/__init__.py ]] && export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
     fi
-    # A checkout need not be installed.
-    [[ -f $here/../hpcsync/__init__.py ]] && export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
     "${python[@]}" -c 'import hpcsync, mpi4py, torch' 2>"$scratch/python" ||
         die "${python[*]} cannot import hpcsync and what it needs ($(tail -n 1 "$scratch/python"));" \
             "put what your site needs into line 3 of the script, such as" \
@@ -250,7 +249,7 @@ requeue_or_exit() {
             say "saved, but this site does not requeue jobs: submit the same again with" \
                 "run.name=$name, or use slurm/chain.sh"
         fi
-    elif ((status)); then
+    elif ((status != 0 && status != 2 && status != 3 && status != 143)); then
         say "ended with status $status; if the ranks did not start well, see" \
             "${launcher[*]} python -m hpcsync.doctor"
     fi
