@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -211,6 +212,22 @@ def test_a_child_that_hangs_tells_how_far_it_came() -> None:
     assert answer.status is None
     assert answer.data() == {"stage": 1}
     assert answer.how() == "did not end in 10 s"
+
+
+def test_a_child_keeps_the_descriptor_of_its_launcher() -> None:
+    """MPICH's Hydra speaks with a rank over the descriptor that PMI_FD names."""
+    read, write = os.pipe()
+    code = "import os; os.write(int(os.environ['PMI_FD']), b'cmd=init')"
+    try:
+        answer = System(env={"PMI_FD": str(write)}).call(sys.executable, "-c", code)
+        assert answer.ok, answer
+        assert os.read(read, 100) == b"cmd=init"
+    finally:
+        os.close(read)
+        os.close(write)
+    # Not a descriptor of this process, or none at all: the child starts without.
+    for text in (str(write), "none", "9" * 30, ""):
+        assert System(env={"PMI_FD": text}).call(sys.executable, "-c", "").ok
 
 
 def test_a_program_that_is_missing() -> None:
