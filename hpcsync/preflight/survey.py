@@ -6,11 +6,9 @@ given is over; what was left out is told.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -213,11 +211,3 @@ class _Filled:
 def _pattern(nbytes: int, rank: int) -> Array:
     """Bytes from 1 on, since messages are cleared before they come."""
     return np.resize(np.roll(np.arange(1, _PATTERN + 1, dtype=np.uint8), rank * 97), nbytes)
-
-
-def machine() -> str:
-    """What tells this machine from others: containers of one share a running kernel."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()

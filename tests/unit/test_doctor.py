@@ -14,7 +14,7 @@ import pytest
 
 from hpcsync.doctor import checks, children, oldest, report, software
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
-from hpcsync.doctor.facts import numbers
+from hpcsync.doctor.facts import gather, numbers
 from hpcsync.doctor.place import Place, alone
 from tests.doctor import ROOT, mended_here, provokes, script, shell
 from tests.unit.test_import_time import HEAVY, imported
@@ -187,6 +187,11 @@ def test_a_child_of_no_job() -> None:
 def test_core_lists() -> None:
     assert numbers("0-2,5,7-8") == [0, 1, 2, 5, 7, 8]
     assert numbers("") == []
+
+
+def test_facts_where_the_system_tells_no_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert gather(System()).cores == list(range(os.cpu_count() or 1))
 
 
 # --- children ---------------------------------------------------------------------------------
