@@ -477,6 +477,65 @@ def test_hdf5_that_reads_wrong_data(tmp_path: Path, folders: dict[str, str]) -> 
     assert "reads back wrong data" in found.why
 
 
+@pytest.mark.parametrize(
+    ("code", "fault"), [("hdf5.stuck", "time.sleep(600)"), ("hdf5.crash", "os.abort()")]
+)
+@provokes("hdf5.stuck", "hdf5.crash")
+def test_hdf5_that_does_not_come_to_an_end(
+    tmp_path: Path, sandbox: Sandbox, folders: dict[str, str], code: str, fault: str
+) -> None:
+    """It has told its version when its first look into the folder hangs, or ends it."""
+    text = (
+        "import os, tempfile, time\nmkdtemp = tempfile.mkdtemp\n"
+        "def fail(*args, **options):\n"
+        f"    if str(options['dir']).endswith('bad'): {fault}\n"
+        "    return mkdtemp(*args, **options)\ntempfile.mkdtemp = fail\n"
+    )
+    right = H5PY.format(mpi=False)
+    sandbox.add("h5py", "3.98", f"{text}\n{right}".replace("* (0 if", "* (1 if"))
+    right = right.replace("* (0 if", "* (1 if")
+    wheel(tmp_path / "wheels", "h5py", "3.99", {"h5py/__init__.py": right})
+    env = {**folders, **offline(tmp_path / "wheels")}
+    here = system(env, limit_s=10 if code == "hdf5.stuck" else 60, python=str(sandbox.python))
+    found = mended_here(storage.hdf5, code, running_in(here, tmp_path / "bad"))
+    assert found.status == Status.FAIL
+    assert found.why.startswith(f"HDF5 in {tmp_path / 'bad'} ")
+
+
+def test_only_children_look_at_the_run_folder(
+    tmp_path: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look may hang on a dead file system, or be forbidden."""
+
+    def forbidden(*_: object, **__: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    here = running_in(system(folders), tmp_path / "bad" / "of" / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", forbidden)
+        patch.setattr(Path, "stat", forbidden)
+        found = [*storage.folder(here), *storage.hdf5(here)]
+        elsewhere = storage.elsewhere(here)
+    assert [each.status for each in found] == [Status.PASS] * 2
+    assert found[0].why.startswith(f"{tmp_path / 'bad'} (")
+    assert elsewhere.startswith("doctor run.dir=")
+
+
+@provokes("folder.stuck")
+def test_a_look_that_does_not_end(tmp_path: Path, folders: dict[str, str]) -> None:
+    code = (
+        "import os, time\nexists = os.path.exists\n"
+        "def look(path):\n"
+        "    if str(path).endswith('bad'): time.sleep(600)\n"
+        "    return exists(path)\n"
+        "os.path.exists = look\n"
+    )
+    env = {**folders, "PYTHONPATH": str(module(tmp_path / "fake", "sitecustomize", code))}
+    here = running_in(system(env, limit_s=10), tmp_path / "bad" / "runs")
+    found = mended_here(storage.folder, "folder.stuck", here, fix="doctor run.dir=")
+    assert found.why.startswith(f"{tmp_path / 'bad'}")
+
+
 # --- Slurm --------------------------------------------------------------------------------------
 
 SRUN = """
