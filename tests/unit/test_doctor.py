@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hpcsync.doctor import checks, children, oldest, report, software
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
 from hpcsync.doctor.facts import gather, numbers
 from hpcsync.doctor.place import Place, alone
+from hpcsync.doctor.probes import world
 from tests.doctor import ROOT, mended_here, provokes, script, shell
 from tests.unit.test_import_time import HEAVY, imported
 
@@ -269,9 +271,43 @@ def test_old_python(tmp_path: Path) -> None:
 def test_old_python_without_a_checkout_or_a_newer_one(tmp_path: Path) -> None:
     newer = script(tmp_path, "python3.12", "")
     assert oldest.complaint((3, 9, 2), str(tmp_path), "/nowhere")[1] == (
-        f"{newer} -m venv ~/hpcsync && ~/hpcsync/bin/python -m pip install 'hpcsync[mpi]'"
+        f"{newer} -m venv ~/hpcsync && . ~/hpcsync/bin/activate"
+        " && python -m pip install 'hpcsync[mpi]'"
     )
     assert "uv python install" in oldest.complaint((3, 9, 2), "/nowhere", "/nowhere")[1]
+
+
+def test_a_python_that_takes_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's own says so beside its library, and pip may be missing."""
+    bin_ = System(python="/usr/bin/python3", takes_packages=False).pip("rich")
+    setup, activate = f"{ROOT}/tools/bootstrap.py setup", f". {ROOT}/.venv/bin/activate"
+    assert bin_ == f"/usr/bin/python3 {setup} && {activate}"
+    assert oldest.environment("python3", tmp_path).startswith("python3 -m venv ")
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    for prefix, pip, takes in (
+        (sys.base_prefix, "json", False),
+        ("/venv", "json", True),
+        ("/venv", None, False),
+    ):
+        monkeypatch.setattr(sys, "prefix", prefix)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, pip=pip: pip)
+        assert System().takes_packages == takes
+    (tmp_path / "EXTERNALLY-MANAGED").unlink()
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: "pip")
+    assert System().takes_packages
+
+
+def test_a_look_at_a_file_system_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world._seen(str(tmp_path), 240)
+    assert not world._seen(str(tmp_path / "none"), 240)
+    done = threading.Event()
+    monkeypatch.setattr("os.path.exists", lambda _: done.wait(240))
+    assert not world._seen(str(tmp_path), 0.1)
+    done.set()
 
 
 def test_the_oldest_python_is_that_of_the_package() -> None:

@@ -217,6 +217,40 @@ def test_gpu_memory_that_cannot_be_tried(tmp_path: Path, gpus: Path) -> None:
     assert found.why == "not tried: ImportError: no torch"
 
 
+def test_torch_for_the_cpu_is_not_a_fault_of_mpi(tmp_path: Path, gpus: Path) -> None:
+    fake = module(tmp_path / "fake", "mpi4py.MPI", GPU_MPI.format(mode="''", name="Open MPI v5"))
+    code = "raise AssertionError('Torch not compiled with CUDA enabled')"
+    module(fake, "torch", GPU_TORCH.replace("return np.arange(count, dtype=dtype)", code))
+    (found,) = mpi.device_memory(system({"PYTHONPATH": str(fake)}, root=gpus))
+    assert found.status == Status.PASS
+    assert found.why == "not tried: AssertionError: Torch not compiled with CUDA enabled"
+
+
+@pytest.mark.parametrize("fault", ["os.abort()", "time.sleep(600)"])
+@provokes("gpu_mpi.device")
+def test_gpu_that_does_not_answer(tmp_path: Path, gpus: Path, fault: str) -> None:
+    code = (
+        f"{GPU_TORCH}import os, time\n"
+        "def arange(*_, **options):\n"
+        f"    if os.environ.get('CUDA_VISIBLE_DEVICES') != '': {fault}\n"
+        "    raise RuntimeError('No CUDA GPUs are available')\n"
+    )
+    fake = module(tmp_path / "fake", "torch", code)
+    here = system({"PYTHONPATH": str(fake)}, root=gpus, limit_s=10)
+    mended_here(mpi.device_memory, "gpu_mpi.device", here, fix="export CUDA_VISIBLE_DEVICES=")
+
+
+@provokes("gpu_mpi.staged")
+def test_mpi_that_dies_beside_a_gpu(tmp_path: Path, gpus: Path) -> None:
+    """Before it could tell its name: what helps either library is tried."""
+    start = "import os\nif 'MPICH_GPU_SUPPORT_ENABLED' not in os.environ: os.abort()\n"
+    text = GPU_MPI.format(mode="''", name="Open MPI v5")
+    fake = module(tmp_path / "fake", "mpi4py.MPI", start + text)
+    module(fake, "torch", GPU_TORCH)
+    here = system({"PYTHONPATH": str(fake)}, root=gpus)
+    mended_here(mpi.device_memory, "gpu_mpi.staged", here, fix="export OMPI_MCA_")
+
+
 # --- MPI: what a child that joined the job may tell ---------------------------------------------
 
 
