@@ -151,7 +151,7 @@ def assemble(
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
     model = together(runtime, signals, "model", lambda: _build_model(config, source))
-    places = _places(runtime, config, model)
+    places = binding.agree_on_places(runtime, model, share=config.topology.share_devices)
     # The other ranks get rank 0's weights with the buckets.
     given = config.model.init_from if fresh and runtime.rank == 0 else ""
     origin = together(runtime, signals, "weights", lambda: _initialise(model, config, given))
@@ -223,20 +223,6 @@ def _build_model(config: Config, source: Source) -> nn.Module:
     if config.train.activation_checkpointing:
         models.checkpoint_activations(model)
     return model
-
-
-def _places(runtime: Runtime, config: Config, model: nn.Module) -> list[Place]:
-    """Where all ranks run; collective."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    places = runtime.allgather_object(binding.here(device))
-    problem: UserError | None = None
-    if not config.topology.share_devices:
-        try:
-            binding.check_devices(places)
-        except UserError as error:
-            problem = error
-    runtime.agree(problem)
-    return places
 
 
 def _initialise(model: nn.Module, config: Config, source: str) -> str:

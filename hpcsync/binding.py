@@ -15,6 +15,9 @@ from .wording import ranges
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from .runtime import Runtime
 
 _RANKS_SHOWN = 4
 _NODES_SHOWN = 2
@@ -33,17 +36,17 @@ class Place:
     device: str = ""
 
 
-def here(device: torch.device) -> Place:
-    """The place of this process, which computes on ``device``."""
+def here(device: torch.device | None) -> Place:
+    """The place of this process, which computes on ``device``: the host's processor if None."""
     if hasattr(os, "sched_getaffinity"):
         cores = frozenset(os.sched_getaffinity(0))
     else:
         cores = frozenset(range(os.cpu_count() or 1))
-    return Place(cores, _device_name(device))
+    return Place(cores, _device_name(device) if device is not None else "")
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):  # nothing is computed on meta
         return ""
     if device.type == "cuda":
         import torch
@@ -76,6 +79,27 @@ def check_devices(places: Sequence[Place]) -> None:
         "start one rank a GPU (slurm/train.sh does), and have each choose its own by its local "
         "rank; topology.share_devices=true allows it"
     )
+
+
+def agree_on_places(runtime: Runtime, model: nn.Module, *, share: bool) -> list[Place]:
+    """Where all ranks run, each on the device of its model; collective.
+
+    Args:
+        share: two ranks may compute on the same device.
+
+    Raises:
+        AgreedError: two ranks do, and may not; a LaunchError, too.
+    """
+    device = next((p.device for p in model.parameters()), None)
+    places = runtime.allgather_object(here(device))
+    problem: LaunchError | None = None
+    if not share:
+        try:
+            check_devices(places)
+        except LaunchError as error:
+            problem = error
+    runtime.agree(problem)
+    return places
 
 
 def describe(places: Sequence[Place], topology: Topology) -> str:

@@ -43,7 +43,7 @@ def start(config: TopologyConfig, timeout_s: float = 300.0) -> Runtime:
             "its own; use an MPI built with THREAD_MULTIPLE, or unset MPI4PY_RC_THREAD_LEVEL"
         )
     comm = everyone.Dup()
-    told = comm.allgather((socket.gethostname(), _cores()))
+    told = comm.allgather((socket.gethostname(), own_cores()))
     hosts = [host for host, _ in told]
     crowding = crowding_of([cores for host, cores in told if host == socket.gethostname()])
     topology = Topology.group(hosts, config.ranks_per_node)
@@ -71,10 +71,20 @@ def crowding_of(cores: Sequence[frozenset[int]], quota: float | None = None) -> 
     return len(cores) / max(min(len(together), container_quota() if quota is None else quota), 1)
 
 
-def _cores() -> frozenset[int]:
+def own_cores() -> frozenset[int]:
+    """Those that this process may use, as far as the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
+
+
+def machine() -> str:
+    """What tells this machine from others: containers of one share a running kernel."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def container_quota() -> float:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import binding, launch
 from . import config as configuration
-from . import launch
 from .collectives import Collectives
 from .collectives.eager import Eager
 from .device import dtype_of
@@ -145,6 +145,7 @@ class DataParallel(data_parallel.DataParallel):
 
     Raises:
         ConfigError: a value that the deck would not take either.
+        LaunchError: two ranks have their module on the same GPU.
         ModelError: the ranks' modules differ, or a parameter is not in host memory.
     """
 
@@ -171,6 +172,8 @@ class DataParallel(data_parallel.DataParallel):
         whole = dataclasses.replace(session.config, comm=comm, compress=coded)
         if problems := configuration.contradictions(whole):
             raise ConfigError([f"{keys[0]}: {text}" for keys, text in problems])
+        shared = session.config.topology.share_devices
+        binding.agree_on_places(session.runtime, module, share=shared)
         super().__init__(
             module,
             runtime=session.runtime,

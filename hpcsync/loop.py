@@ -68,11 +68,14 @@ class Loop:
             self.observers.evaluated(0, self.held_out())
         if self.replayed:
             self.catch_up()
-        number, stopping = 0, False
-        while engine.step_count < train.steps and not number and not stopping:
-            record, number = self.step()
+        told: tuple[int, ...] = ()
+        stopping = False
+        while engine.step_count < train.steps and not told and not stopping:
+            record, told = self.step()
+            if told:
+                self.signals.allow(_SAVE_S)
             # Who leaves in time leaves what a run that was not told to stop would have done.
-            if number in (0, signal.SIGUSR2) and self.due(record.step):
+            if told in ((), (signal.SIGUSR2,)) and self.due(record.step):
                 self.observers.evaluated(record.step, self.held_out())
             self.measure(record)
             self.observers.stepped(record)
@@ -80,13 +83,11 @@ class Loop:
             if saver is not None and saver.stop:
                 saver.finish(record.step, save=True)
                 stopping = not saver.failed
-        leaving = number == signal.SIGUSR2
-        if number and not leaving:
-            self.signals.allow(_SAVE_S)
         if saver is not None:
+            leaving = signal.SIGUSR2 in told
             saver.finish(engine.step_count, save=self.config.checkpoint.at_end or leaving)
-        if number and not (leaving and engine.step_count == train.steps):
-            raise StoppedError(number)
+        if told and not (told == (signal.SIGUSR2,) and engine.step_count == train.steps):
+            raise StoppedError(told[0])
         asked = stopping and engine.step_count < train.steps
         return "stopped after a checkpoint, as the file stop-after-save asked" if asked else ""
 
@@ -116,8 +117,8 @@ class Loop:
             self.observers.evaluated(step, self.held_out())
         self.parts.engine.check_skipped()
 
-    def step(self) -> tuple[StepRecord, int]:
-        """One step on all ranks; also the signal that any of them received, or 0."""
+    def step(self) -> tuple[StepRecord, tuple[int, ...]]:
+        """One step on all ranks; also the signals that any of them received, most urgent first."""
         runtime, parts, step = self.runtime, self.parts, self.parts.sampler.step
         start = now()
         recorder = parts.engine.recorder
@@ -143,7 +144,7 @@ class Loop:
 
     def agree(
         self, result: StepResult, start: int, codec: str, stalled_s: float = 0.0
-    ) -> tuple[StepRecord, int]:
+    ) -> tuple[StepRecord, tuple[int, ...]]:
         """Means over the ranks, and whether to go on: one small allreduce after the optimizer.
 
         Its time is that of waiting for the slowest rank's optimizer, and told apart.
@@ -193,14 +194,12 @@ class Loop:
             checkpoint_ms=stalled_s * 1e3,
             checkpoints_failed=saver.failures if saver is not None else 0,
         )
-        for number, ranks in (
+        ranks_of = (
             (signal.SIGTERM, terminated),
             (signal.SIGINT, interrupted),
             (signal.SIGUSR2, left),
-        ):
-            if ranks:
-                return record, int(number)
-        return record, 0
+        )
+        return record, tuple(int(number) for number, ranks in ranks_of if ranks)
 
     def measure(self, record: StepRecord) -> None:
         """Tell the observers what this rank's spans say of the step."""

@@ -107,7 +107,9 @@ class StopSignals:
         os.close(self._read)
 
     def allow(self, seconds: float) -> None:
-        """The boundary after a signal has been reached: what is left to do may take so long."""
+        """The boundary after a signal has been reached: what is left to do may take so long, also
+        from a signal that comes while it is done."""
+        self._grace_s = seconds
         self._until = time.monotonic() + seconds
 
     def asks_to_save(self, action: Callable[[], None]) -> None:

@@ -33,6 +33,8 @@ prepare() {
     lay_out
     find_python
     find_site
+    # Or the ranks get nothing of all this where sbatch was told --export=NONE.
+    export SLURM_EXPORT_ENV=ALL
     choose_launcher
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
     say "$ranks ranks on $nodes nodes, CPUs each: $cpus, by $how ($mpi)"
@@ -52,17 +54,26 @@ load_environment() {
 
 # One rank a GPU; else as many as sbatch was told; else one a socket or core.
 lay_out() {
-    local on_node=${SLURM_CPUS_ON_NODE:-$(nproc)} per_core cores sockets
+    local on_node=${SLURM_CPUS_ON_NODE:-$(nproc)} per_core cores sockets total
     nodes=${SLURM_JOB_NUM_NODES:-1}
     per_core=$(lscpu -p=CPU | grep -vc '^#')
     cores=$(lscpu -p=Core,Socket | grep -v '^#' | sort -u | wc -l)
     sockets=$(lscpu -p=Socket | grep -v '^#' | sort -u | wc -l)
     per_core=$((cores && per_core > cores ? per_core / cores : 1))
+    # What Slurm calls a CPU may be a core with all its threads.
+    total=$(scontrol show node "${SLURMD_NODENAME:-}" 2>/dev/null |
+        sed -n '/CPUTot=/{s/.*CPUTot=\([0-9]*\).*/\1/p;q}')
+    if ((cores && ${total:-cores + 1} <= cores)) || [[ ${SLURM_HINT:-} == nomultithread ||
+        ${SLURM_THREADS_PER_CORE:-} == 1 ]]; then
+        per_core=1
+        on_node=$((cores && on_node > cores ? cores : on_node))
+    fi
+    spread=1 # the same number of ranks on each node, and Slurm is told so
     if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
         per_node=${SLURM_NTASKS_PER_NODE%%(*}
         ranks=$((nodes * per_node))
     elif [[ -n ${SLURM_NTASKS:-} ]]; then
-        ranks=$SLURM_NTASKS
+        ranks=$SLURM_NTASKS spread=
         per_node=$(((ranks + nodes - 1) / nodes))
     else
         if [[ ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]]; then
@@ -77,21 +88,23 @@ lay_out() {
         per_node=$((per_node > on_node ? on_node : per_node > 0 ? per_node : 1))
         ranks=$((nodes * per_node))
     fi
-    cpus=${SLURM_CPUS_PER_TASK:-$((on_node / per_node))}
+    cpus=${SLURM_CPUS_PER_TASK:-$((on_node / per_node / per_core * per_core))}
     cpus=$((cpus > 0 ? cpus : 1))
     threads=$((cpus > per_core ? cpus / per_core : 1))
 }
 
 find_python() {
-    local name=${HPCSYNC_PYTHON:-python}
     if [[ -n ${HPCSYNC_CONTAINER:-} ]]; then
         [[ -e $HPCSYNC_CONTAINER ]] || die "HPCSYNC_CONTAINER: $HPCSYNC_CONTAINER is missing"
-        python=(apptainer exec "$HPCSYNC_CONTAINER" python)
+        apptainer=$(command -v apptainer || command -v singularity) ||
+            die "HPCSYNC_CONTAINER: neither apptainer nor singularity is found; load its module" \
+                "in line 3 of the script"
+        python=("${apptainer##*/}" exec "$HPCSYNC_CONTAINER" python)
     else
-        python=("$name")
+        python=("${HPCSYNC_PYTHON:-python}")
+        # A checkout need not be installed.
+        [[ -f $here/../hpcsync/__init__.py ]] && export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
     fi
-    # A checkout need not be installed.
-    [[ -f $here/../hpcsync/__init__.py ]] && export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
     "${python[@]}" -c 'import hpcsync, mpi4py, torch' 2>"$scratch/python" ||
         die "${python[*]} cannot import hpcsync and what it needs ($(tail -n 1 "$scratch/python"));" \
             "put what your site needs into line 3 of the script, such as" \
@@ -123,7 +136,7 @@ print(MPI.Get_library_version().strip("\0").split(",")[0].splitlines()[0])' 2>"$
 # By srun with a plug-in that the site has, else by mpirun. Two ranks must find each other: what is
 # listed may still not fit the MPI library, and N jobs of one rank would train.
 choose_launcher() {
-    local listed plugin tried=()
+    local listed plugin tried=() what
     listed=$(srun --mpi=list 2>&1)
     if [[ -n ${HPCSYNC_MPI:-} ]]; then
         by_srun "$HPCSYNC_MPI"
@@ -133,15 +146,17 @@ choose_launcher() {
             grep -qw -- "$plugin" <<<"$listed" || continue
             by_srun "$plugin"
             meet && return
-            tried+=("$how")
+            tried+=("$how ($(telling))")
         done
     fi
     if [[ ${HPCSYNC_LAUNCHER:-} != srun ]] && command -v mpirun >/dev/null; then
         by_mpirun
         meet && return
-        tried+=(mpirun)
+        tried+=("mpirun ($(telling))")
     fi
-    die "the ranks do not find each other by ${tried[*]:-srun} ($(tail -n 1 "$scratch/meet" 2>&1));" \
+    ((${#tried[@]})) || tried=("srun (no plug-in fits)")
+    what=$(printf ', %s' "${tried[@]}")
+    die "the ranks do not find each other by ${what#, };" \
         "this site has: $(tr '\n\t' '  ' <<<"$listed"); name one by HPCSYNC_MPI, or see" \
         "\`python -m hpcsync.doctor\`"
 }
@@ -149,12 +164,14 @@ choose_launcher() {
 by_srun() {
     how="srun --mpi=$1"
     launcher=(srun "--mpi=$1" "--nodes=$nodes" "--ntasks=$ranks")
-    ((ranks == nodes * per_node)) && launcher+=("--ntasks-per-node=$per_node")
+    [[ -z $spread ]] || launcher+=("--ntasks-per-node=$per_node")
     # A rank that fails ends the others; one that ended well waits a minute for them.
     launcher+=("--cpus-per-task=$cpus" --cpu-bind=cores --kill-on-bad-exit=1 --wait=60)
     # All ranks see all GPUs of their node: their own is chosen by local rank, and the memory of
     # the others stays within reach.
     [[ ${SLURM_GPUS_ON_NODE:-0} -gt 0 ]] && launcher+=(--gpu-bind=none)
+    # srun binds the ranks; Intel MPI would bind them once more.
+    [[ $mpi != Intel* ]] || launcher=(env "I_MPI_PIN=${I_MPI_PIN:-0}" "${launcher[@]}")
     add_words "${HPCSYNC_SRUN_ARGS:-}"
 }
 
@@ -183,7 +200,15 @@ meet() {
 from mpi4py import MPI
 if MPI.COMM_WORLD.Get_size() != '"$ranks"':
     raise SystemExit(f"each rank is one of {MPI.COMM_WORLD.Get_size()}")' >"$scratch/meet" 2>&1 ||
-        { say "ranks do not find each other by $how" && false; }
+        { say "ranks do not find each other by $how ($(telling))" && false; }
+}
+
+# The first two lines of a failed attempt that say why; the rest is of ranks that were ended for it.
+telling() {
+    local lines
+    lines=$(awk '!/^srun: .*(Exited|[Tt]erminat|Killed)/ && !/^[-[:space:]]*$/ && !seen[$0]++ {
+        printf "%s%s", n ? " | " : "", $0; if (++n == 2) exit }' "$scratch/meet")
+    echo "${lines:-no word of why}"
 }
 
 # Runs a command on all ranks. USR1, Slurm's word that the time limit is near, becomes USR2: save
@@ -199,7 +224,7 @@ supervise() {
     ) &
     child=$!
     trap 'interrupted=1; asked_to_leave' USR1
-    trap 'interrupted=1; kill -TERM "$child" 2>/dev/null' TERM INT
+    trap 'interrupted=1 told_to_end=1; kill -TERM "$child" 2>/dev/null' TERM INT
     [[ -z $early ]] || asked_to_leave
     while :; do
         interrupted=
@@ -219,7 +244,14 @@ supervise() {
 
 asked_to_leave() {
     [[ -n ${teller:-} ]] && return
-    say "the time limit is near: the ranks save and leave"
+    [[ -z $early ]] || say "the signal of the time limit came before the ranks have started: --time" \
+        "must be longer than the lead of --signal (120 s) and a start"
+    if [[ $own_script ]]; then
+        say "the time limit is near: SIGUSR2 goes to the ranks of your script, which are to save" \
+            "and exit with status 75"
+    else
+        say "the time limit is near: the ranks save and leave"
+    fi
     (
         trap - USR1 TERM INT
         # Nor may it reach a launcher that has only just been started.
@@ -239,18 +271,22 @@ clean_up() {
 
 # Ends the script; for a run that saved and left (75) puts the job into the queue again.
 requeue_or_exit() {
-    local status=$1
+    local status=$1 job=$SLURM_JOB_ID
+    # The id alone of a task of an array may be that of the whole array.
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     if ((status == 75)); then
         # Slurm ends this script for it: what is left to do is done here.
         clean_up
         trap '' TERM
-        if scontrol requeue "$SLURM_JOB_ID"; then
-            say "saved; job $SLURM_JOB_ID is in the queue again and goes on from there"
+        if scontrol requeue "$job"; then
+            say "saved; job $job is in the queue again and goes on from there"
+        elif [[ $own_script ]]; then
+            say "saved, but this site does not requeue jobs: submit the same again"
         else
             say "saved, but this site does not requeue jobs: submit the same again with" \
                 "run.name=$name, or use slurm/chain.sh"
         fi
-    elif ((status)); then
+    elif ((status != 0 && status != 2 && status != 3 && status != 143)); then
         say "ended with status $status; if the ranks did not start well, see" \
             "${launcher[*]} python -m hpcsync.doctor"
     fi
@@ -262,6 +298,7 @@ train_command() {
     local word words=" ${*:2} "
     name=${1//[^[:alnum:]._-]/_}
     if [[ ${2:-} == *.py ]]; then # the user's own script
+        own_script=1
         command=("${python[@]}" "${@:2}")
         return
     fi
@@ -274,8 +311,14 @@ train_command() {
     [[ $words == *" --resume"* ]] || command+=(--resume auto)
 }
 
-scratch=$(mktemp -d)
+# What TMPDIR names may be there on the login node only.
+scratch=$(mktemp -d 2>/dev/null) || {
+    export TMPDIR=/tmp
+    scratch=$(mktemp -d) || die "no folder for temporary files can be made, not even in /tmp"
+}
 export HPCSYNC_STATUS_FILE=$scratch/status
-early=
+early='' own_script=''
+# shellcheck disable=SC2034 # chain.sh asks for it
+told_to_end=''
 trap 'early=1' USR1 # the time limit may be near before the ranks have started
 trap clean_up EXIT

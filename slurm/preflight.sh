@@ -16,13 +16,19 @@
 ##SBATCH --partition=my_partition
 environment='' # 3. such as 'module load openmpi; source ~/hpcsync/.venv/bin/activate'
 
-# A job runs a copy of this script, and Slurm knows where the original is.
-for here in "${HPCSYNC_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "$(dirname "$(scontrol show job \
-    "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")" "$PWD/slurm"; do
+# A job runs a copy of this script, and Slurm knows where the original is. An array has several
+# records; the words behind the script belong to the line, too.
+original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+original=${original%" $*"}
+for here in "${HPCSYNC_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${original%/*}" "$PWD/slurm"; do
     [[ -r $here/common.sh ]] && break
 done
+if [[ ! -r $here/common.sh ]]; then
+    echo "hpcsync: error: common.sh is not found: export HPCSYNC_SLURM=/path/to/hpcsync/slurm" >&2
+    exit 2
+fi
 # shellcheck source=slurm/common.sh
-source "$here/common.sh" || exit 2
+source "$here/common.sh"
 
 prepare "$environment"
 supervise "${python[@]}" -m hpcsync.preflight "$@"

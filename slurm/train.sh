@@ -10,7 +10,12 @@
 # else is found out; common.sh lists the variables that say what is not to be.
 #
 # Two minutes before the time limit (--signal) the ranks save at the end of a step and leave; the
-# job is put into the queue again and goes on to the same bits. So it does when a node fails.
+# job is put into the queue again and goes on to the same bits. So it does when a node fails. The
+# two minutes must do for one step, one checkpoint and one evaluation of the held-out loss; if they
+# do not: sbatch --signal=B:USR1@600.
+#
+# run.name and train.threads are set here unless you give them; so is --resume auto. A script of your
+# own must do its part itself: on SIGUSR2 save and exit with status 75 (docs/own.md has the lines).
 #
 # Exit status: 0 the run is done; 75 saved, to be resumed (Slurm requeues the job); 2 an error
 # that you can mend, told in one line; 3 the last checkpoint was not saved; 143 cancelled;
@@ -31,13 +36,19 @@
 ##SBATCH --partition=my_partition
 environment='' # 3. such as 'module load openmpi; source ~/hpcsync/.venv/bin/activate'
 
-# A job runs a copy of this script, and Slurm knows where the original is.
-for here in "${HPCSYNC_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "$(dirname "$(scontrol show job \
-    "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")" "$PWD/slurm"; do
+# A job runs a copy of this script, and Slurm knows where the original is. An array has several
+# records; the words behind the script belong to the line, too.
+original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}')
+original=${original%" $*"}
+for here in "${HPCSYNC_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${original%/*}" "$PWD/slurm"; do
     [[ -r $here/common.sh ]] && break
 done
+if [[ ! -r $here/common.sh ]]; then
+    echo "hpcsync: error: common.sh is not found: export HPCSYNC_SLURM=/path/to/hpcsync/slurm" >&2
+    exit 2
+fi
 # shellcheck source=slurm/common.sh
-source "$here/common.sh" || exit 2
+source "$here/common.sh"
 
 prepare "$environment"
 train_command "$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"

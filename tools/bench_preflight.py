@@ -199,7 +199,8 @@ def main() -> int:
     print("", *benchmark.table(HEADS, rows), "", *benchmark.table(WIDTHS, widths), sep="\n")
     if options.report:
         body = [
-            "Each run is the command started anew; right: it named the slowed node and no other.",
+            "Each run is the command started anew; right: it named the slowed node and no other. "
+            "Runs of several calls with one --json are counted together.",
             "",
             *benchmark.markdown(HEADS, rows),
             "",

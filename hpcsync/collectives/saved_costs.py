@@ -2,15 +2,16 @@
 
 ``compress.codec = "auto"`` and ``tools/trace.py whatif`` take a link's cost from it where it fits
 the job, and say so. It fits a job on the same shape of nodes, with the same MPI library and
-processor, and in the same partition of the batch system, for ``GOOD_DAYS``. A file that does not
-fit is never used.
+processor, and in the same cluster and partition of the batch system, for ``GOOD_DAYS``. A file that
+does not fit is never used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -25,7 +26,10 @@ from .costs import LinkCost
 FORMAT, VERSION = "hpcsync-costs", 1
 GOOD_DAYS = 30
 LEVELS = ("node", "rail")
-_LARGEST = 1e3  # of seconds in a cost; more is no measurement
+# Seconds of each part of a cost; so much or more is no measurement.
+_BELOW = {"latency_s": 10.0, "wire_s": 1e-3, "cpu_s": 1e-3, "message_cpu_s": 10.0}
+_MOST_RANKS = 1 << 31
+_LONGEST = 200  # characters of what is told of a broken file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class Place:
         local: ranks of a node.
         mpi: name and version of the MPI library.
         processor: model, by the kernel.
-        partition: of the batch system; empty if there is none.
+        partition, cluster: of the batch system; empty if there is none.
     """
 
     ranks: int
@@ -46,6 +50,7 @@ class Place:
     mpi: str
     processor: str
     partition: str = ""
+    cluster: str = ""
 
     @classmethod
     def here(cls, topology: Topology, mpi: str) -> Place:
@@ -57,6 +62,7 @@ class Place:
             mpi=mpi,
             processor=processor(),
             partition=os.environ.get("SLURM_JOB_PARTITION", ""),
+            cluster=os.environ.get("SLURM_CLUSTER_NAME", ""),
         )
 
     @classmethod
@@ -73,6 +79,7 @@ class Place:
             mpi=_text("mpi", table["mpi"]),
             processor=_text("processor", table["processor"]),
             partition=_text("partition", table["partition"]),
+            cluster=_text("cluster", table["cluster"]),
         )
 
 
@@ -90,20 +97,26 @@ class SavedCosts:
     levels: Mapping[str, LinkCost]
 
     def unfit(self, job: Place, now: datetime.datetime | None = None) -> str:
-        """Why a job cannot use them, in words; empty if it can."""
+        """Why a job cannot use them, in words; empty if it can.
+
+        Args:
+            now: when the job runs, or ran.
+        """
         age = (now or datetime.datetime.now(datetime.UTC)) - self.made
         if age.days >= GOOD_DAYS or age.days < -1:
-            return f"it was measured on {self.made:%Y-%m-%d}, not within the last {GOOD_DAYS} days"
+            return (
+                f"it was measured on {self.made:%Y-%m-%d}, not within {GOOD_DAYS} days of the run"
+            )
         level = "rail" if job.nodes > 1 else "node"
         if level not in self.levels:
             return f"it holds no link {'between nodes' if level == 'rail' else 'in a node'}"
-        pairs: list[tuple[str, Any, Any]] = [
+        pairs: list[tuple[str, object, object]] = [
             ("ranks a node", self.place.local, job.local),
             ("MPI library", self.place.mpi, job.mpi),
             ("processor", self.place.processor, job.processor),
+            ("cluster", self.place.cluster or "none", job.cluster or "none"),
+            ("partition", self.place.partition or "none", job.partition or "none"),
         ]
-        if self.place.partition and job.partition:
-            pairs.append(("partition", self.place.partition, job.partition))
         for what, then, now_ in pairs:
             if then != now_:
                 return f"it was measured with {what} {then}, and here it is {now_}"
@@ -132,10 +145,17 @@ class SavedCosts:
             **asdict(self.place),
             "levels": {name: asdict(cost) for name, cost in self.levels.items()},
         }
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        aside.replace(path)
+        try:
+            aside.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            aside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
 
 
 def read(path: Path) -> SavedCosts | None:
@@ -145,19 +165,35 @@ def read(path: Path) -> SavedCosts | None:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        return _parsed(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not the costs of links ({error}); {_FIX}") from None
-    try:
-        return _parsed(whole)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path}: not the costs of links ({reason}); {_FIX}") from None
+    except _BROKEN as error:
+        raise _unusable(
+            path, f"no {error}" if isinstance(error, KeyError) else str(error)
+        ) from None
 
 
-_FIX = "remove it, or run `python -m hpcsync.preflight` again"
+# A job must not end for what somebody wrote into that file.
+_BROKEN = (
+    *(OSError, ValueError, RecursionError, KeyError),
+    *(TypeError, AttributeError, OverflowError),
+)
+
+
+def usable(cost: LinkCost) -> bool:
+    """Whether a cost may be kept: of more ranks than cores, some are measured as nothing."""
+    known = all(0 <= value < _BELOW[key] for key, value in asdict(cost).items())
+    return known and cost.latency_s > 0 and cost.wire_s > 0
+
+
+def _unusable(path: Path, reason: str) -> UserError:
+    """In one line, whatever the file held."""
+    told = " ".join(reason.split())[:_LONGEST]
+    return UserError(
+        f"{path}: not the costs of links ({told}); remove it, or run `python -m hpcsync.preflight` "
+        "again"
+    )
 
 
 def find(path: str, job: Place) -> tuple[SavedCosts | None, str]:
@@ -197,30 +233,36 @@ def _parsed(whole: Any) -> SavedCosts:
     made = datetime.datetime.strptime(whole["made"], "%Y-%m-%dT%H:%M:%SZ")
     place = Place.parsed(whole)
     levels = {
-        name: LinkCost(**{key: _seconds(key, value) for key, value in cost.items()})
-        for name, cost in whole["levels"].items()
+        name: LinkCost(**{key: _seconds(key, value) for key, value in _table(name, cost).items()})
+        for name, cost in _table("levels", whole["levels"]).items()
         if name in LEVELS
     }
-    if any(not cost.latency_s or not cost.wire_s for cost in levels.values()):
+    if not all(usable(cost) for cost in levels.values()):
         raise ValueError("a latency or a time of a byte is 0")
     return SavedCosts(made=made.replace(tzinfo=datetime.UTC), place=place, levels=levels)
 
 
 def _natural(key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _MOST_RANKS:
         raise ValueError(f"{key} is {value!r}")
     return value
 
 
 def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _table(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
         raise ValueError(f"{key} is {value!r}")
     return value
 
 
 def _seconds(key: str, value: Any) -> float:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not math.isfinite(value) or not 0 <= value < _LARGEST:
+    if key not in _BELOW or not known or not 0 <= value < _BELOW[key]:
         raise ValueError(f"{key} is {value!r}")
     return float(value)
 

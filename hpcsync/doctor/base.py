@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import Config
-from . import children
+from . import children, oldest
 from .children import Answer
 from .place import Place
 
@@ -63,6 +65,13 @@ def fail(code: str, why: str, fix: str) -> Finding:
     return Finding(code, Status.FAIL, why, fix)
 
 
+def _takes_packages() -> bool:
+    """Debian's own Python, and others that say so, belong to the system's package manager."""
+    managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
+    own = sys.prefix != sys.base_prefix
+    return importlib.util.find_spec("pip") is not None and (own or not managed)
+
+
 class Scope(enum.Enum):
     """Who makes a check: every rank, the first of each node, or rank 0."""
 
@@ -84,6 +93,7 @@ class System:
         prefix: the Python environment.
         version: of Python.
         user: effective user id.
+        takes_packages: whether pip is here, and may install into this Python.
     """
 
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -95,6 +105,7 @@ class System:
     prefix: Path = Path(sys.prefix)
     version: tuple[int, ...] = tuple(sys.version_info[:3])
     user: int = field(default_factory=os.geteuid)
+    takes_packages: bool = field(default_factory=lambda: _takes_packages())
 
     @property
     def place(self) -> Place:
@@ -143,7 +154,9 @@ class System:
         return shlex.join([*kept, *words])
 
     def pip(self, *words: str) -> str:
-        """The command that has pip install something into this environment."""
+        """The command that has pip install something into this environment, or makes another."""
+        if not self.takes_packages:
+            return oldest.environment(self.python, PACKAGE.parent)
         return shlex.join([self.python, "-m", "pip", "install", *words])
 
 

@@ -58,6 +58,18 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
+def _inherited(env: Mapping[str, str]) -> tuple[int, ...]:
+    """The descriptor by which Hydra, and srun with its plug-in pmi2, speak with a rank."""
+    text = env.get("PMI_FD", "")
+    if not text.isdigit():
+        return ()
+    try:
+        os.fstat(int(text))
+    except (OSError, OverflowError):
+        return ()
+    return (int(text),)
+
+
 def call(command: Sequence[str], env: Mapping[str, str], limit_s: float, text: str = "") -> Answer:
     """Run ``command``; at the time limit it is killed, with all its children."""
     try:
@@ -70,6 +82,7 @@ def call(command: Sequence[str], env: Mapping[str, str], limit_s: float, text: s
             text=True,
             errors="replace",
             start_new_session=True,
+            pass_fds=_inherited(env),
         )
     except OSError as error:
         return Answer(127, "", f"{command[0]}: {error.strerror}", limit_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,10 @@ def run(argv: Sequence[str]) -> int:
         if system.place.rank == 0:
             print(f"hpcsync: error: {error}", file=sys.stderr)
         return 2
-    found = examine.examine(system, names)
+    try:
+        found = examine.examine(system, names)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     if found is None:
         return 0
     print(report.document(found) if options.json else report.render(found), flush=True)

@@ -43,8 +43,10 @@ def examine(system: System, names: Collection[str]) -> Report | None:
 
 def _meet(system: System, findings: Sequence[Finding], own: Facts) -> Answer:
     limit_s = system.limit_s * (_MEETING_LIMITS if system.place.size > 1 else 1)
+    # One that does not answer would keep the ranks from meeting.
+    usable = any(each.code in ("folder", "folder.full") for each in findings)
     given = _given(findings, own) | {
-        "folder": str(storage.existing(system)),
+        "folder": str(storage.wanted(system)) if usable else "",
         "mark": f".hpcsync-doctor-{secrets.token_hex(4)}",
         "limit_s": limit_s,
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from .. import __version__
-from ..launch import container_quota
+from ..launch import container_quota, machine, own_cores
 from .base import System
 
 _COMPARED = ("torch", "mpi4py", "numpy", "h5py")
@@ -59,8 +59,8 @@ def gather(system: System) -> Facts:
     return Facts(
         rank=system.place.rank,
         host=socket.gethostname(),
-        boot=system.read("/proc/sys/kernel/random/boot_id"),
-        cores=sorted(os.sched_getaffinity(0)),
+        boot=machine(),
+        cores=sorted(own_cores()),
         around=_cores_of(system, os.getppid()),
         online=os.cpu_count() or 1,
         quota=None if quota == float("inf") else quota,

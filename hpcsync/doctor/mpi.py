@@ -177,13 +177,25 @@ def device_memory(system: System) -> Iterator[Finding]:
     if answer.ok and told.get("right"):
         yield good("gpu_mpi", "MPI takes GPU memory: a buffer went through it unharmed")
         return
-    name = str(told.get("library", ""))
-    if not name:
+    raised = answer.status is not None and answer.status > 0
+    if raised and "library" not in told:  # no device, or no MPI: other checks say why
         yield good("gpu_mpi", f"not tried: {answer.how()}")
         return
-    fix = "export OMPI_MCA_opal_cuda_support=true OMPI_MCA_pml=ucx"
-    if "Open MPI" not in name:
-        fix = "export MPICH_GPU_SUPPORT_ENABLED=1"
+    if "device" not in told:
+        yield warn(
+            "gpu_mpi.device",
+            f"not tried: {answer.how()} when a tensor was made on a GPU; without GPUs runs "
+            "compute on the CPU",
+            "export CUDA_VISIBLE_DEVICES=",
+        )
+        return
+    name = str(told.get("library", "MPI"))
+    fixes = {
+        "Open MPI": "OMPI_MCA_opal_cuda_support=true OMPI_MCA_pml=ucx",
+        "MPICH": "MPICH_GPU_SUPPORT_ENABLED=1",
+    }
+    chosen = "Open MPI" if "Open MPI" in name else "MPICH"
+    fix = "export " + (" ".join(fixes.values()) if name == "MPI" else fixes[chosen])
     how = "a buffer came out changed" if answer.ok else f"the child {answer.how()}"
     yield warn(
         "gpu_mpi.staged",

@@ -27,11 +27,19 @@ def complaint(
     for minor in range(_NEWEST, OLDEST[1] - 1, -1):
         newer = shutil.which(f"python3.{minor}", path=path)
         if newer:
-            bootstrap = os.path.join(str(root), "tools", "bootstrap.py")
-            if os.path.isfile(bootstrap):
-                venv = os.path.join(str(root), ".venv", "bin", "activate")
-                setup = f"{newer} {shlex.quote(bootstrap)} setup"
-                return why, f"{setup} && . {shlex.quote(venv)}"
-            make = f"{newer} -m venv ~/hpcsync"
-            return why, f"{make} && ~/hpcsync/bin/python -m pip install 'hpcsync[mpi]'"
+            return why, environment(newer, root)
     return why, "python3 -m pip install --user uv && ~/.local/bin/uv python install 3.12"
+
+
+def environment(python: str, root: str | os.PathLike[str]) -> str:
+    """The command that makes a virtual environment with hpcsync, by ``python``.
+
+    Args:
+        root: the folder that holds the package.
+    """
+    bootstrap = os.path.join(str(root), "tools", "bootstrap.py")
+    if os.path.isfile(bootstrap):
+        activate = os.path.join(str(root), ".venv", "bin", "activate")
+        return f"{shlex.quote(python)} {shlex.quote(bootstrap)} setup && . {shlex.quote(activate)}"
+    make = f"{shlex.quote(python)} -m venv ~/hpcsync && . ~/hpcsync/bin/activate"
+    return f"{make} && python -m pip install 'hpcsync[mpi]'"

@@ -90,7 +90,7 @@ def _shared(system: System, every: Sequence[Facts]) -> Iterator[Finding]:
     if blind:
         yield fail(
             "folder.local",
-            f"{storage.existing(system)} on {_some(blind)} is not that of rank 0: a run's folder "
+            f"{storage.wanted(system)} on {_some(blind)} is not that of rank 0: a run's folder "
             "must be on a file system that all nodes share",
             storage.elsewhere(system),
         )

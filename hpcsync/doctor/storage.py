@@ -13,18 +13,15 @@ from .software import absent
 ROOM = 1 << 30
 
 
-def existing(system: System) -> Path:
-    """``run.dir``, or what exists of the way there."""
-    path = Path(system.config.run.dir).absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
+def wanted(system: System) -> Path:
+    """``run.dir``, which may not exist; only children look, since a look may never end."""
+    return Path(system.config.run.dir).absolute()
 
 
 def elsewhere(system: System) -> str:
     """This command with a run folder in the first place that usually may be written to."""
     bases = (system.env.get(name) for name in ("SCRATCH", "WORK", "HOME", "TMPDIR"))
-    here = existing(system)
+    here = wanted(system)
     for base in filter(None, bases):
         if not here.is_relative_to(base):
             return system.again(f"run.dir={base}/runs")
@@ -33,11 +30,11 @@ def elsewhere(system: System) -> str:
 
 def folder(system: System) -> Iterator[Finding]:
     """Write, sync and rename in the run folder, as a checkpoint does."""
-    place = existing(system)
+    answer = system.probe("run_folder", str(wanted(system)))
+    told = answer.data()
+    place = Path(told.get("place", wanted(system)))
     kind = file_system(system, place)
     where = f"{place} ({kind})" if kind else str(place)
-    answer = system.probe("run_folder", str(place))
-    told = answer.data()
     if answer.status is None:
         yield fail(
             "folder.stuck",
@@ -64,18 +61,20 @@ def folder(system: System) -> Iterator[Finding]:
 
 def hdf5(system: System) -> Iterator[Finding]:
     """h5py imports, is a serial build, and writes and locks files of the run folder."""
-    place = existing(system)
-    answer = system.probe("hdf5_file", str(place))
+    answer = system.probe("hdf5_file", str(wanted(system)))
     told = answer.data()
+    place = told.get("place", wanted(system))
+    again = system.pip("--force-reinstall", "--no-deps", "h5py")
     unlocked = system.env.get("HDF5_USE_FILE_LOCKING", "").upper() in ("FALSE", "0", "BEST_EFFORT")
     if "version" not in told:
-        again = system.pip("--force-reinstall", "--no-deps", "h5py")
-        fix = absent(system, answer.err) or again
-        yield fail(
-            "hdf5.broken",
-            f"h5py: {answer.how()}",
-            fix,
-        )
+        yield fail("hdf5.broken", f"h5py: {answer.how()}", absent(system, answer.err) or again)
+        return
+    if answer.status is None:
+        why = f"HDF5 in {place} {answer.how()}: its file system does not answer"
+        yield fail("hdf5.stuck", why, elsewhere(system))
+        return
+    if answer.status < 0:
+        yield fail("hdf5.crash", f"HDF5 in {place} {answer.how()}", again)
         return
     found = []
     if told["mpi"]:

@@ -78,10 +78,10 @@ def preflight(runtime: Runtime, options: argparse.Namespace) -> int:
 
 def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> report.Result:
     from . import judge, report
-    from .survey import Budget, Survey, machine
+    from .survey import Budget, Survey
 
     topology = runtime.topology
-    told = runtime.allgather_object((_name(runtime), machine()))
+    told = runtime.allgather_object((_name(runtime), launch.machine()))
     names = [told[ranks[0]][0] for ranks in topology.nodes]
     measuring = Survey(
         runtime, [told[ranks[0]][1] for ranks in topology.nodes], Budget(runtime, options.seconds)

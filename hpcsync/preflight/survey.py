@@ -6,11 +6,9 @@ given is over; what was left out is told.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +23,8 @@ from .compute import Bench, Rates, device_of
 from .wire import Between, Fault, Wire
 
 _IN_NODE, _BETWEEN_NODES = 16 << 20, 64 << 20  # bytes of the largest transfer
-_LOOKS = 2  # at all ranks together
+_FEWEST_LOOKS, _MOST_LOOKS = 2, 6  # at all ranks together
+_NEAR = 1.03  # the two best looks, when that is enough
 _PATTERN = 251  # a prime, so that a message that went elsewhere does not look right
 
 
@@ -167,13 +166,13 @@ class Survey:
                     level.pairs.append(PairFound(rank, other, found.rate, found.latency_s))
 
     def _together(self, level: Level, name: str) -> LinkCost:
-        """The best of a few looks, by time of a byte."""
+        """The best look, by time of a byte, once another one is near it."""
         runtime = self._runtime
         # Messages of MPI in the node as well: they are what is compared.
         collectives = Collectives(runtime, CommConfig(node_transport="mpi_host"))
         transport = collectives.node if name == "node" else collectives.rail
-        costs = []
-        for _ in range(_LOOKS):
+        costs: list[LinkCost] = []
+        while len(costs) < _FEWEST_LOOKS or (len(costs) < _MOST_LOOKS and not _settled(costs)):
             check = _Filled(runtime.rank)
             costs.append(probe_link(runtime, collectives.progress, transport, check))
             for faults, looks in runtime.allgather_object((check.faults, check.looks)):
@@ -181,6 +180,12 @@ class Survey:
                 level.transfers += looks
         latency_s = sorted(cost.latency_s for cost in costs)[len(costs) // 2]
         return replace(min(costs, key=lambda cost: cost.wire_s), latency_s=latency_s)
+
+
+def _settled(costs: Sequence[LinkCost]) -> bool:
+    """Whether the best look was no single one; the same on all ranks, as the costs are."""
+    best, second, *_ = sorted(cost.wire_s for cost in costs)
+    return second <= _NEAR * best
 
 
 class _Filled:
@@ -206,11 +211,3 @@ class _Filled:
 def _pattern(nbytes: int, rank: int) -> Array:
     """Bytes from 1 on, since messages are cleared before they come."""
     return np.resize(np.roll(np.arange(1, _PATTERN + 1, dtype=np.uint8), rank * 97), nbytes)
-
-
-def machine() -> str:
-    """What tells this machine from others: containers of one share a running kernel."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()

@@ -151,7 +151,9 @@ class Wire:
         quarter = len(arrivals) // 4
         moved = nbytes * (len(arrivals) - quarter) / len(arrivals)
         spent = max(arrivals[-1] - arrivals[quarter - 1], 1e-9)
-        taken, pace = self._agreed([arrivals[-1], spent / moved], other)
+        # Where this rank got no core for a while, chunks that had waited come all at once.
+        pace = max(spent / moved, arrivals[-1] / nbytes)
+        taken, pace = self._agreed([arrivals[-1], pace], other)
         # What was sent has gone; its memory takes what should have come.
         np.bitwise_xor(base, _key(other, serial), out=out)
         differ = np.flatnonzero(out != into)

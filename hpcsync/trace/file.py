@@ -35,6 +35,7 @@ class RunFacts:
         links: what was measured or is known of them, by level; may be empty.
         every: each so many steps one was written.
         event_cost_ns: what recording one event took.
+        created: when, ISO 8601; empty if it is not known.
     """
 
     run_id: str
@@ -48,6 +49,7 @@ class RunFacts:
     buckets: tuple[Mapping[str, Any], ...] = ()
     links: Mapping[str, Any] = field(default_factory=dict)
     event_cost_ns: float = 0.0
+    created: str = ""
 
 
 class Trace:
@@ -296,6 +298,7 @@ def _facts(file: h5py.File) -> RunFacts:
         buckets=tuple(json.loads(run.get("buckets", "[]"))),
         links=json.loads(run.get("links", "{}")),
         event_cost_ns=float(attrs.get("event_cost_ns", 0.0)),
+        created=_created(file),
     )
 
 

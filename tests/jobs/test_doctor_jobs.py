@@ -6,8 +6,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -256,8 +258,34 @@ COMM_WORLD = Comm()
 def test_mpi_that_does_not_start(tmp_path: Path, code: str, fault: str) -> None:
     """As with a network that MPI tries, and that the fix leaves out."""
     fake = module(tmp_path, "mpi4py.MPI", FAKE_MPI.format(fault=fault))
-    command = doctor("--json", "--only", "mpi", "--limit", "10")
+    command = doctor("--json", "--only", "mpi", "--limit", "15")
     mended(code, "", command, fix="export OMPI_MCA_pml=ob1", env={"PYTHONPATH": f"{ROOT}:{fake}"})
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(0, signal.SIGINT), (0, signal.SIGKILL), (2, signal.SIGTERM)]
+)
+def test_nothing_stays_behind_when_it_is_ended(
+    tmp_path: Path, ranks: int, number: signal.Signals
+) -> None:
+    """While its child hangs in MPI."""
+    began = tmp_path / "began"
+    code = f"import time\nopen({str(began)!r}, 'w').close()\ntime.sleep(600)"
+    fake = module(tmp_path, "mpi4py.MPI", code)
+    command = [sys.executable, "-m", "hpcsync.doctor", "--only", "mpi", "--limit", "300"]
+    start = launcher.mpirun(ranks) if ranks else []
+    job = launcher.Job([*start, *command], env={"PYTHONPATH": f"{ROOT}:{fake}"})
+    deadline = time.monotonic() + 120
+    while not began.exists():
+        assert time.monotonic() < deadline, job.wait(0.1).describe()
+        time.sleep(0.05)
+    job.signal(number)
+    outcome = job.wait(60)
+    outcome.assert_clean()
+    assert "Traceback" not in outcome.text
+    if not ranks:
+        assert outcome.status == (130 if number == signal.SIGINT else -number)
 
 
 @needs_mpi

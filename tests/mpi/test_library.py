@@ -14,6 +14,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hpcsync
+from hpcsync import binding
 from hpcsync.errors import ConfigError, LaunchError, ModelError
 
 pytestmark = pytest.mark.mpi
@@ -325,3 +326,10 @@ def test_wrapping_with_wrong_values(started: None) -> None:
         assert "command line" not in str(told.value)
     with pytest.raises(ModelError, match="on meta"):
         hpcsync.DataParallel(nn.Linear(2, 2, device="meta"))
+
+
+@pytest.mark.skipif(SIZE < 2, reason="one rank has its device to itself")
+def test_two_ranks_on_one_device(started: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "_device_name", lambda device: "GPU a")
+    with pytest.raises(LaunchError, match=r"ranks 0.* share GPU a: "):
+        hpcsync.DataParallel(nn.Linear(2, 2))

@@ -205,6 +205,20 @@ def test_costs_of_another_place_are_told_and_left(
         assert "is not used: it was measured with processor Another" in said
 
 
+def test_a_broken_file_is_told_and_left(
+    runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = keep(runtime, tmp_path)
+    if runtime.rank == 0:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"levels": []}))
+    line = auto_line(runtime, path)
+    told = capsys.readouterr().err
+    assert "preflight" not in line
+    if runtime.size > 1 and runtime.rank == 0:
+        (said,) = [text for text in told.splitlines() if "costs.json" in text]
+        assert "not the costs of links (levels is [])" in said
+
+
 def test_without_a_file_links_are_probed_in_silence(
     runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

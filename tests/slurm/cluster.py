@@ -8,7 +8,9 @@ jobs see several hosts. Needs root; SLURM_CONF in ``environment()`` leads the co
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,8 +26,8 @@ from tests import launcher
 
 START_S = 120.0
 _STOP_S = 20.0
-# States in which something is still to come; others are final.
-_UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
+# States after which nothing comes. There are many others: SIGNALING, COMPLETING, REQUEUED, ...
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 _CONFIG = """\
 ClusterName=hpcsynctest
@@ -53,6 +55,10 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 KillWait=60
 MinJobAge=3600
+# Open MPI names its files in /dev/shm by host, job and step: those of another cluster on this
+# machine, or of a job that was killed before, must be others.
+FirstJobId={first_job}
+MaxJobId=60000000
 SlurmdTimeout=300
 MessageTimeout=60
 UnkillableStepTimeout=120
@@ -73,8 +79,9 @@ class SlurmCluster:
     def __init__(self, nodes: int = 3, cpus: int = 2) -> None:
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
         self._cpus = cpus
-        self._mark = uuid.uuid4().hex
+        self.mark = uuid.uuid4().hex
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._jobs: list[str] = []
 
     def __enter__(self) -> SlurmCluster:
         # Short, since it holds a socket; open to all, as munged wants its folder.
@@ -130,10 +137,11 @@ class SlurmCluster:
     def submit(self, *words: str, cwd: Path, env: Mapping[str, str] | None = None) -> Submitted:
         """``sbatch WORDS`` in a folder."""
         mark = uuid.uuid4().hex
+        self._jobs.append(mark)
         told = self.command(
             "sbatch", "--parsable", *words, env={**(env or {}), launcher.MARK: mark}, cwd=cwd
         )
-        return Submitted(self, int(told.split(";")[0]), mark)
+        return Submitted(self, int(told.split(";")[0]), mark, cwd)
 
     def facts(self, job: int | str) -> dict[str, str]:
         """What ``scontrol show job`` tells: JobState, ExitCode, Restarts, ..."""
@@ -195,6 +203,7 @@ class SlurmCluster:
         text = _CONFIG.format(
             host=host,
             port=first,
+            first_job=random.randrange(10_000, 50_000_000),
             folder=self.folder,
             nodes="\n".join(lines),
             # What is not there cannot be bound to.
@@ -206,7 +215,7 @@ class SlurmCluster:
         with (self.folder / f"{name}.out").open("wb") as log:
             daemon = subprocess.Popen(
                 words,
-                env=self.environment({launcher.MARK: self._mark}),
+                env=self.environment({launcher.MARK: self.mark}),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -239,31 +248,32 @@ class SlurmCluster:
         for daemon in self._daemons:
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(max(0.1, until - time.monotonic()))
-        while left := launcher.processes(self._mark):
+        while left := self._left():
             for pid in left:
                 with suppress(ProcessLookupError):
-                    os.kill(pid, 9)
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         for daemon in self._daemons:
             daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _left(self) -> set[int]:
+        """Processes of the daemons and of the jobs."""
+        return {pid for mark in (self.mark, *self._jobs) for pid in launcher.processes(mark)}
+
 
 class Submitted:
     """A job that was submitted."""
 
-    def __init__(self, cluster: SlurmCluster, number: int, mark: str) -> None:
-        self.cluster, self.number, self._mark = cluster, number, mark
+    def __init__(self, cluster: SlurmCluster, number: int, mark: str, folder: Path) -> None:
+        self.cluster, self.number, self.mark, self._folder = cluster, number, mark, folder
 
     def facts(self) -> dict[str, str]:
         return self.cluster.facts(self.number)
 
     def log(self) -> str:
         """What the job has printed, over all its starts."""
-        try:
-            return Path(self.facts()["StdOut"]).read_text()
-        except FileNotFoundError:
-            return ""
+        return "".join(path.read_text() for path in self._folder.glob(f"*-{self.number}.log"))
 
     def describe(self) -> str:
         """For the message of a failed test."""
@@ -278,17 +288,17 @@ class Submitted:
         """Until something is so, while the job lives."""
         until = time.monotonic() + timeout
         while not ready():
-            waiting = time.monotonic() < until and self.facts()["JobState"] in _UNDER_WAY
+            waiting = time.monotonic() < until and self.facts()["JobState"] not in FINAL
             assert waiting or ready(), self.describe()
             time.sleep(0.1)
 
     def wait(self, timeout: float = 300.0) -> dict[str, str]:
         """Until the job has ended for good, with nothing of it left; its facts."""
         until = time.monotonic() + timeout
-        while (facts := self.facts())["JobState"] in _UNDER_WAY:
+        while (facts := self.facts())["JobState"] not in FINAL:
             assert time.monotonic() < until, self.describe()
             time.sleep(0.2)
-        while left := launcher.processes(self._mark):
+        while left := launcher.processes(self.mark):
             assert time.monotonic() < until, f"left running: {left}\n{self.describe()}"
             time.sleep(0.2)
         return facts

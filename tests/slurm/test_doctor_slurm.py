@@ -21,11 +21,13 @@ pytestmark = [
 
 def job(cluster: SlurmCluster, folder: Path, text: str, *options: str) -> dict[str, dict[str, Any]]:
     """The doctor's findings in a batch job whose script is ``text``, by code."""
-    script = folder / f"job-{len(list(folder.iterdir()))}.sh"
-    script.write_text(f"#!/bin/bash\n{text}\n")
+    number = len(list(folder.glob("job-*.sh")))
+    script, output = folder / f"job-{number}.sh", folder / f"job-{number}.json"
+    script.write_text(f"#!/bin/bash\nexec >{output}\n{text}\n")
     submitted = cluster.submit(*options, str(script), cwd=folder)
     submitted.wait()
-    return findings(submitted.log() or submitted.describe())
+    assert output.exists(), submitted.describe()
+    return findings(output.read_text())
 
 
 @provokes("launch.singletons")

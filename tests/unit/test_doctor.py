@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from hpcsync.doctor import checks, children, oldest, report, software
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
-from hpcsync.doctor.facts import numbers
+from hpcsync.doctor.facts import gather, numbers
 from hpcsync.doctor.place import Place, alone
+from hpcsync.doctor.probes import world
 from tests.doctor import ROOT, mended_here, provokes, script, shell
 from tests.unit.test_import_time import HEAVY, imported
 
@@ -188,6 +191,11 @@ def test_core_lists() -> None:
     assert numbers("") == []
 
 
+def test_facts_where_the_system_tells_no_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert gather(System()).cores == list(range(os.cpu_count() or 1))
+
+
 # --- children ---------------------------------------------------------------------------------
 
 
@@ -207,10 +215,26 @@ def test_how_a_child_ended(code: str, how: str) -> None:
 
 def test_a_child_that_hangs_tells_how_far_it_came() -> None:
     code = "import time; print('{\"stage\": 1}', flush=True); time.sleep(600)"
-    answer = children.call([sys.executable, "-c", code], {}, 5)
+    answer = children.call([sys.executable, "-c", code], {}, 10)
     assert answer.status is None
     assert answer.data() == {"stage": 1}
-    assert answer.how() == "did not end in 5 s"
+    assert answer.how() == "did not end in 10 s"
+
+
+def test_a_child_keeps_the_descriptor_of_its_launcher() -> None:
+    """MPICH's Hydra speaks with a rank over the descriptor that PMI_FD names."""
+    read, write = os.pipe()
+    code = "import os; os.write(int(os.environ['PMI_FD']), b'cmd=init')"
+    try:
+        answer = System(env={"PMI_FD": str(write)}).call(sys.executable, "-c", code)
+        assert answer.ok, answer
+        assert os.read(read, 100) == b"cmd=init"
+    finally:
+        os.close(read)
+        os.close(write)
+    # Not a descriptor of this process, or none at all: the child starts without.
+    for text in (str(write), "none", "9" * 30, ""):
+        assert System(env={"PMI_FD": text}).call(sys.executable, "-c", "").ok
 
 
 def test_a_program_that_is_missing() -> None:
@@ -247,9 +271,43 @@ def test_old_python(tmp_path: Path) -> None:
 def test_old_python_without_a_checkout_or_a_newer_one(tmp_path: Path) -> None:
     newer = script(tmp_path, "python3.12", "")
     assert oldest.complaint((3, 9, 2), str(tmp_path), "/nowhere")[1] == (
-        f"{newer} -m venv ~/hpcsync && ~/hpcsync/bin/python -m pip install 'hpcsync[mpi]'"
+        f"{newer} -m venv ~/hpcsync && . ~/hpcsync/bin/activate"
+        " && python -m pip install 'hpcsync[mpi]'"
     )
     assert "uv python install" in oldest.complaint((3, 9, 2), "/nowhere", "/nowhere")[1]
+
+
+def test_a_python_that_takes_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's own says so beside its library, and pip may be missing."""
+    bin_ = System(python="/usr/bin/python3", takes_packages=False).pip("rich")
+    setup, activate = f"{ROOT}/tools/bootstrap.py setup", f". {ROOT}/.venv/bin/activate"
+    assert bin_ == f"/usr/bin/python3 {setup} && {activate}"
+    assert oldest.environment("python3", tmp_path).startswith("python3 -m venv ")
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    for prefix, pip, takes in (
+        (sys.base_prefix, "json", False),
+        ("/venv", "json", True),
+        ("/venv", None, False),
+    ):
+        monkeypatch.setattr(sys, "prefix", prefix)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, pip=pip: pip)
+        assert System().takes_packages == takes
+    (tmp_path / "EXTERNALLY-MANAGED").unlink()
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: "pip")
+    assert System().takes_packages
+
+
+def test_a_look_at_a_file_system_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world._seen(str(tmp_path), 240)
+    assert not world._seen(str(tmp_path / "none"), 240)
+    done = threading.Event()
+    monkeypatch.setattr("os.path.exists", lambda _: done.wait(240))
+    assert not world._seen(str(tmp_path), 0.1)
+    done.set()
 
 
 def test_the_oldest_python_is_that_of_the_package() -> None:

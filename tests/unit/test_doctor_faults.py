@@ -150,7 +150,7 @@ def test_torch_on_a_slow_file_system(tmp_path: Path) -> None:
         f"{code}\n    time.sleep(600)\n" + TORCH.format(available="return False", cuda=None),
     )
     copy = Path("/tmp") / slow.folder.name
-    here = system(python=str(slow.python), prefix=slow.folder, limit_s=8)
+    here = system(python=str(slow.python), prefix=slow.folder, limit_s=15)
 
     def then(mend: System) -> System:
         assert mend.env["PATH"].startswith(f"{copy}/bin:")
@@ -215,6 +215,40 @@ def test_gpu_memory_that_cannot_be_tried(tmp_path: Path, gpus: Path) -> None:
     (found,) = mpi.device_memory(system({"PYTHONPATH": str(fake)}, root=gpus))
     assert found.status == Status.PASS
     assert found.why == "not tried: ImportError: no torch"
+
+
+def test_torch_for_the_cpu_is_not_a_fault_of_mpi(tmp_path: Path, gpus: Path) -> None:
+    fake = module(tmp_path / "fake", "mpi4py.MPI", GPU_MPI.format(mode="''", name="Open MPI v5"))
+    code = "raise AssertionError('Torch not compiled with CUDA enabled')"
+    module(fake, "torch", GPU_TORCH.replace("return np.arange(count, dtype=dtype)", code))
+    (found,) = mpi.device_memory(system({"PYTHONPATH": str(fake)}, root=gpus))
+    assert found.status == Status.PASS
+    assert found.why == "not tried: AssertionError: Torch not compiled with CUDA enabled"
+
+
+@pytest.mark.parametrize("fault", ["os.abort()", "time.sleep(600)"])
+@provokes("gpu_mpi.device")
+def test_gpu_that_does_not_answer(tmp_path: Path, gpus: Path, fault: str) -> None:
+    code = (
+        f"{GPU_TORCH}import os, time\n"
+        "def arange(*_, **options):\n"
+        f"    if os.environ.get('CUDA_VISIBLE_DEVICES') != '': {fault}\n"
+        "    raise RuntimeError('No CUDA GPUs are available')\n"
+    )
+    fake = module(tmp_path / "fake", "torch", code)
+    here = system({"PYTHONPATH": str(fake)}, root=gpus, limit_s=10)
+    mended_here(mpi.device_memory, "gpu_mpi.device", here, fix="export CUDA_VISIBLE_DEVICES=")
+
+
+@provokes("gpu_mpi.staged")
+def test_mpi_that_dies_beside_a_gpu(tmp_path: Path, gpus: Path) -> None:
+    """Before it could tell its name: what helps either library is tried."""
+    start = "import os\nif 'MPICH_GPU_SUPPORT_ENABLED' not in os.environ: os.abort()\n"
+    text = GPU_MPI.format(mode="''", name="Open MPI v5")
+    fake = module(tmp_path / "fake", "mpi4py.MPI", start + text)
+    module(fake, "torch", GPU_TORCH)
+    here = system({"PYTHONPATH": str(fake)}, root=gpus)
+    mended_here(mpi.device_memory, "gpu_mpi.staged", here, fix="export OMPI_MCA_")
 
 
 # --- MPI: what a child that joined the job may tell ---------------------------------------------
@@ -390,7 +424,7 @@ def test_file_system_that_does_not_answer(tmp_path: Path, folders: dict[str, str
         "os.fsync = fsync\n"
     )
     env = {**folders, "PYTHONPATH": str(module(tmp_path / "fake", "sitecustomize", code))}
-    here = running_in(system(env, limit_s=8), tmp_path / "bad")
+    here = running_in(system(env, limit_s=15), tmp_path / "bad")
     found = mended_here(storage.folder, "folder.stuck", here, fix="doctor run.dir=")
     assert found.fix == f"doctor run.dir={tmp_path}/good/runs"
 
@@ -475,6 +509,65 @@ def test_hdf5_that_reads_wrong_data(tmp_path: Path, folders: dict[str, str]) -> 
     here = running_in(system({**folders, "PYTHONPATH": str(fake)}), tmp_path / "bad")
     found = mended_here(storage.hdf5, "hdf5.file", here, fix="doctor run.dir=")
     assert "reads back wrong data" in found.why
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"), [("hdf5.stuck", "time.sleep(600)"), ("hdf5.crash", "os.abort()")]
+)
+@provokes("hdf5.stuck", "hdf5.crash")
+def test_hdf5_that_does_not_come_to_an_end(
+    tmp_path: Path, sandbox: Sandbox, folders: dict[str, str], code: str, fault: str
+) -> None:
+    """It has told its version when its first look into the folder hangs, or ends it."""
+    text = (
+        "import os, tempfile, time\nmkdtemp = tempfile.mkdtemp\n"
+        "def fail(*args, **options):\n"
+        f"    if str(options['dir']).endswith('bad'): {fault}\n"
+        "    return mkdtemp(*args, **options)\ntempfile.mkdtemp = fail\n"
+    )
+    right = H5PY.format(mpi=False)
+    sandbox.add("h5py", "3.98", f"{text}\n{right}".replace("* (0 if", "* (1 if"))
+    right = right.replace("* (0 if", "* (1 if")
+    wheel(tmp_path / "wheels", "h5py", "3.99", {"h5py/__init__.py": right})
+    env = {**folders, **offline(tmp_path / "wheels")}
+    here = system(env, limit_s=10 if code == "hdf5.stuck" else 60, python=str(sandbox.python))
+    found = mended_here(storage.hdf5, code, running_in(here, tmp_path / "bad"))
+    assert found.status == Status.FAIL
+    assert found.why.startswith(f"HDF5 in {tmp_path / 'bad'} ")
+
+
+def test_only_children_look_at_the_run_folder(
+    tmp_path: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look may hang on a dead file system, or be forbidden."""
+
+    def forbidden(*_: object, **__: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    here = running_in(system(folders), tmp_path / "bad" / "of" / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", forbidden)
+        patch.setattr(Path, "stat", forbidden)
+        found = [*storage.folder(here), *storage.hdf5(here)]
+        elsewhere = storage.elsewhere(here)
+    assert [each.status for each in found] == [Status.PASS] * 2
+    assert found[0].why.startswith(f"{tmp_path / 'bad'} (")
+    assert elsewhere.startswith("doctor run.dir=")
+
+
+@provokes("folder.stuck")
+def test_a_look_that_does_not_end(tmp_path: Path, folders: dict[str, str]) -> None:
+    code = (
+        "import os, time\nexists = os.path.exists\n"
+        "def look(path):\n"
+        "    if str(path).endswith('bad'): time.sleep(600)\n"
+        "    return exists(path)\n"
+        "os.path.exists = look\n"
+    )
+    env = {**folders, "PYTHONPATH": str(module(tmp_path / "fake", "sitecustomize", code))}
+    here = running_in(system(env, limit_s=10), tmp_path / "bad" / "runs")
+    found = mended_here(storage.folder, "folder.stuck", here, fix="doctor run.dir=")
+    assert found.why.startswith(f"{tmp_path / 'bad'}")
 
 
 # --- Slurm --------------------------------------------------------------------------------------

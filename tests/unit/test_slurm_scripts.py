@@ -59,6 +59,7 @@ def fakes(tmp_path: Path) -> Path:
         lines = [",".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in cells]
         (tmp_path / f"lscpu-{wanted}").write_text("# a comment\n" + "\n".join(lines) + "\n")
     fake(tmp_path, "lscpu", f'cat "{tmp_path}/lscpu-${{1#-p=}}"')
+    fake(tmp_path, "scontrol", "exit 1")
     return tmp_path
 
 
@@ -93,6 +94,9 @@ def shell(fakes: Path, script: str, status: int = 0, **env: str) -> str:
         ({"SLURM_NTASKS": "3"}, "3 2 8 4"),
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "4"}, "4 2 4 2"),
         ({"SLURM_CPUS_ON_NODE": "1"}, "2 1 1 1"),
+        ({"SLURM_GPUS_ON_NODE": "3"}, "6 3 4 2"),  # whole cores
+        ({"SLURM_THREADS_PER_CORE": "1"}, "4 2 4 4"),
+        ({"SLURM_HINT": "nomultithread", "SLURM_CPUS_ON_NODE": "8"}, "4 2 4 4"),
     ],
 )
 def test_ranks_and_their_cores(fakes: Path, env: dict[str, str], wanted: str) -> None:
@@ -100,6 +104,126 @@ def test_ranks_and_their_cores(fakes: Path, env: dict[str, str], wanted: str) ->
     node = {"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "16"}
     found = shell(fakes, "lay_out; echo $ranks $per_node $cpus $threads", **{**node, **env})
     assert found.strip() == wanted
+
+
+def test_a_cpu_of_slurm_may_be_a_core(fakes: Path) -> None:
+    fake(fakes, "scontrol", "echo NodeName=n1; echo '   CPUAlloc=0 CPUEfctv=8 CPUTot=8 CPULoad=0'")
+    node = {"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "8"}
+    assert shell(fakes, "lay_out; echo $ranks $per_node $cpus $threads", **node) == "4 2 4 4\n"
+
+
+def test_a_number_of_ranks_alone_says_nothing_of_nodes(fakes: Path) -> None:
+    script = "nodes=2; mpi=x; lay_out; by_srun pmix; echo ${launcher[*]}"
+    node = {"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "16"}
+    assert "--ntasks-per-node" not in shell(fakes, script, SLURM_NTASKS="4", **node)
+    assert "--ntasks-per-node=2" in shell(fakes, script, **node)
+
+
+def test_intel_mpi_does_not_bind_what_srun_has_bound(fakes: Path) -> None:
+    script = "mpi='Intel(R) MPI'; nodes=1 ranks=2 per_node=2 cpus=1 threads=1 spread=1; "
+    by = "by_{}; echo ${{launcher[*]}}"
+    assert shell(fakes, script + by.format("srun pmi2")).startswith("env I_MPI_PIN=0 srun ")
+    assert "I_MPI_PIN" not in shell(fakes, script + by.format("mpirun"))
+
+
+def test_a_folder_for_temporary_files_that_is_not_there(fakes: Path) -> None:
+    told = shell(fakes, 'echo "$scratch $TMPDIR"', TMPDIR=str(fakes / "missing"))
+    assert re.fullmatch(r"/tmp/\S+ /tmp\n", told)
+
+
+RECORD = "JobId={0} ArrayJobId=7 ArrayTaskId={0}\n   Command={1}\n   WorkDir=/tmp\n"
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_folder_is_found_from_a_copy(fakes: Path, name: str) -> None:
+    """Of an array, in a path with a space, behind words with slashes."""
+    folder, spool = fakes / "a checkout" / "slurm", fakes / "spool"
+    folder.mkdir(parents=True)
+    spool.mkdir()
+    (folder / "common.sh").write_text('echo "found $here"; exit 0\n')
+    shutil.copy(SLURM / name, spool / "slurm_script")
+    records = "".join(RECORD.format(job, f"{folder}/{name} my/deck.toml a.b=1") for job in (7, 8))
+    (fakes / "records").write_text(records)
+    fake(fakes, "scontrol", f"cat {fakes}/records")
+    command = ["bash", str(spool / "slurm_script"), "my/deck.toml", "a.b=1"]
+    env = {"PATH": f"{fakes}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        command, env=env, cwd=spool, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == f"found {folder}\n", done.stderr
+    (folder / "common.sh").unlink()
+    done = subprocess.run(
+        command, env=env, cwd=spool, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "hpcsync: error: common.sh is not found: export HPCSYNC_SLURM=/path/to/hpcsync/slurm\n"
+    )
+
+
+LINK = """
+here=$HPCSYNC_SLURM; source {common}
+prepare() {{ python=(python) threads=1; }}
+supervise() {{ told_to_end={told}; return {status}; }}
+"""
+
+
+def link(fakes: Path, status: int, told: str = "", running: int = 1) -> tuple[int, str]:
+    """Status and words of a link of a chain whose ranks end with a status."""
+    text = LINK.format(common=SLURM / "common.sh", told=told, status=status)
+    (fakes / "common.sh").write_text(text)
+    fake(fakes, "squeue", f"seq {running}")
+    fake(fakes, "scancel", 'echo "scancel $*"')
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1"}
+    env = {"SLURM_JOB_NAME": "x", "SLURM_ARRAY_TASK_MAX": "4", "HPCSYNC_SLURM": str(fakes), **array}
+    done = subprocess.run(
+        ["bash", str(SLURM / "chain.sh")],
+        env={"PATH": f"{fakes}:{os.environ['PATH']}", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_what_ends_a_chain(fakes: Path) -> None:
+    """The end of the run or an error that would come again; no lost node, kill or preemption."""
+    for status in (0, 1, 2):
+        assert link(fakes, status) == (
+            status,
+            "hpcsync: link 2 of 4\nscancel --state=PENDING 7\n",
+        )
+        assert "scancel" not in link(fakes, status, told="1")[1]
+    for status in (3, 129, 137, 143, 255):
+        assert link(fakes, status) == (status, "hpcsync: link 2 of 4\n")
+    assert link(fakes, 75)[0] == 0
+
+
+def test_a_chain_whose_links_run_at_once(fakes: Path) -> None:
+    status, told = link(fakes, 0, running=2)
+    assert status == 2
+    assert "2 links of this chain run at once" in told
+    assert "--array=1-4%1" in told
+
+
+def test_what_is_requeued(fakes: Path) -> None:
+    fake(fakes, "scontrol", 'echo "$*"')
+    alone = shell(fakes, "requeue_or_exit 75", 75, SLURM_JOB_ID="9")
+    assert alone.startswith("requeue 9\n")
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    assert shell(fakes, "requeue_or_exit 75", 75, **array).startswith("requeue 9_3\n")
+
+
+def test_a_script_of_ones_own_is_told_what_is_asked_of_it(fakes: Path) -> None:
+    (fakes / "own.py").write_text(PROGRAM)
+    enter = f"cd {fakes}; launcher=(env); python=({sys.executable}); threads=1; "
+    signals = "(until [[ -e ready ]]; do sleep 0.05; done; kill -USR1 $$) & "
+    go = 'train_command x own.py; supervise "${command[@]}"; echo status $?'
+    told = shell(fakes, enter + signals + go)
+    assert "ranks of your script, which are to save and exit with status 75" in told
+    assert told.endswith("status 75\n")
 
 
 def test_what_is_no_kind_of_rank(fakes: Path) -> None:
@@ -167,11 +291,14 @@ def choose(fakes: Path, listed: str, works: str, **env: str) -> str:
     fake(
         fakes,
         "srun",
-        f'[[ $1 == --mpi=list ]] && echo "{listed}" && exit; [[ "srun $*" == {works} ]]',
+        f'[[ $1 == --mpi=list ]] && echo "{listed}" && exit; [[ "srun $*" == {works} ]] || '
+        "{ printf 'each rank is one of 1\\neach rank is one of 1\\nno key of %s\\nmore\\n' $1; "
+        "echo 'srun: error: node1: task 0: Exited with exit code 1'; exit 1; }",
     )
     fake(fakes, "mpirun", f'[[ "mpirun $*" == {works} ]]')
     script = (
-        "python=(python); nodes=2 ranks=4 per_node=2 cpus=8 threads=4 mpi='Open MPI v5.0.11'; "
+        "python=(python); nodes=2 ranks=4 per_node=2 cpus=8 threads=4 spread=1; "
+        "mpi='Open MPI v5.0.11'; "
         'mpi_plugins="pmix pmi2"; choose_launcher; echo "${launcher[*]}"'
     )
     status = 2 if works == "nothing" else 0
@@ -194,7 +321,8 @@ def test_the_launcher_is_one_that_works(fakes: Path) -> None:
     assert choose(fakes, both, "*", HPCSYNC_SRUN_ARGS="-q x") == srun.format("pmix") + " -q x"
     assert choose(fakes, both, "*", SLURM_GPUS_ON_NODE="2").endswith("--gpu-bind=none")
     told = choose(fakes, both, "nothing")
-    assert "do not find each other by srun --mpi=pmix" in told
+    assert "do not find each other by srun --mpi=pmix (each rank is one of 1 | no key of" in told
+    assert "no key of --mpi=pmi2), mpirun (no word of why); this site has" in told
     assert "pmi2 pmix none" in told
 
 
@@ -213,6 +341,9 @@ def test_a_container(fakes: Path) -> None:
     script = 'find_python; echo "${python[*]}"'
     found = shell(fakes, script, HPCSYNC_CONTAINER=str(image))
     assert found == f"apptainer exec {image} python\n"
+    (fakes / "apptainer").rename(fakes / "singularity")
+    found = shell(fakes, script, HPCSYNC_CONTAINER=str(image))
+    assert found == f"singularity exec {image} python\n"
 
 
 def test_the_definition_of_the_container_names_what_is_there() -> None:
@@ -253,6 +384,7 @@ def test_the_status_of_the_program_is_told_whatever_comes_between(fakes: Path) -
     # Before there is a program that could hear it.
     told = shell(fakes, f"{enter} kill -USR1 $$; {go}")
     assert told.endswith("status 75\n")
+    assert "--time must be longer than the lead of --signal" in told
     assert shell(fakes, f"{enter} supervise bash -c 'exit 7'; echo status $?") == "status 7\n"
 
 

@@ -92,6 +92,15 @@ def test_more_time_may_be_had_once_the_boundary_is_reached() -> None:
         assert not gave_up.wait(1.5)
 
 
+def test_a_signal_that_comes_during_the_save_gives_it_that_time_too() -> None:
+    gave_up = threading.Event()
+    with StopSignals(lambda name: None, lambda status: gave_up.set(), grace_s=0.01) as stop:
+        stop.allow(60.0)
+        stop._until = 0.0  # a long save
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not gave_up.wait(1.0)
+
+
 def test_sigusr2_asks_to_save_and_leave_and_is_not_in_a_hurry() -> None:
     gave_up = threading.Event()
     with StopSignals(lambda name: None, lambda status: gave_up.set(), grace_s=0.01) as stop:

@@ -188,6 +188,13 @@ def whatif() -> str:
     return table(head, rows, found)
 
 
+def newcomer() -> str:
+    """How long the first command takes to the first step of training."""
+    found = newest("newcomer")
+    rows = [[row["start"], row["first step(s)"]] for row in found.tables[0][1]]
+    return table(("README's first command", "first step, s"), rows, found)
+
+
 def reading() -> str:
     """How long reading a large trace takes."""
     found = newest("tracing-512-ranks")
@@ -235,6 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coding": coding,
     "loss": loss,
     "steps": steps,
+    "newcomer": newcomer,
     "reading": reading,
     "sums": sums,
     "tracing": tracing,

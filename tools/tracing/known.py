@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class Known:
         place = _place(facts)
         if place is None:
             return cls(facts, why=f"{path} is not used: the trace does not say where it was made")
-        unfit = saved.unfit(place, saved.made)
+        unfit = saved.unfit(place, _date(facts, saved))
         return cls(facts, place, saved, f"{path} is not used: {unfit}" if unfit else "")
 
     def told(self, bits: float) -> RunFacts:
@@ -66,7 +67,7 @@ class Known:
             return None
         local = max(len(ranks) for ranks in new.nodes)
         there = replace(self.place, ranks=new.size, nodes=new.node_count, local=local)
-        return None if self.saved.unfit(there, self.saved.made) else self.saved
+        return None if self.saved.unfit(there, _date(self.facts, self.saved)) else self.saved
 
 
 def _place(facts: RunFacts) -> Place | None:
@@ -77,3 +78,12 @@ def _place(facts: RunFacts) -> Place | None:
         return Place.parsed(told)
     except (KeyError, ValueError):
         return None
+
+
+def _date(facts: RunFacts, saved: SavedCosts) -> datetime.datetime:
+    """When the traced run was, for costs that may be of a day before or behind it."""
+    try:
+        traced = datetime.datetime.fromisoformat(facts.created).astimezone(datetime.UTC)
+        return saved.made + abs(traced - saved.made)
+    except (ValueError, OverflowError):  # no date, or one of another age
+        return datetime.datetime.now(datetime.UTC)

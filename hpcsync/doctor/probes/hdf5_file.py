@@ -11,14 +11,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from . import tell
+from . import nearest, tell
 
 
 def main(folder: str) -> None:
     """Tell version, whether it was built with MPI, whether files can be locked, and written."""
     mpi = bool(h5py.get_config().mpi)
     tell(version=h5py.__version__, hdf5=h5py.version.hdf5_version, mpi=mpi)
-    own = Path(tempfile.mkdtemp(prefix=".hpcsync-doctor-", dir=folder))
+    own = Path(tempfile.mkdtemp(prefix=".hpcsync-doctor-", dir=nearest(folder)))
     try:
         tell(locks=_locks(own / "lock"))
         path = own / "file.h5"

@@ -9,15 +9,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import tell
+from . import nearest, tell
 
 _NBYTES = 1 << 20
 
 
 def main(folder: str) -> None:
-    """Tell how long it took and how much room there is; ends with the system's error."""
+    """Tell where, how long it took and how much room there is; ends with the system's error."""
     began = time.perf_counter()
     try:
+        folder = str(nearest(folder))
         own = Path(tempfile.mkdtemp(prefix=".hpcsync-doctor-", dir=folder))
         try:
             _try(own)

@@ -5,19 +5,22 @@ It is a child of the process that the launcher started, and takes its place in t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from ... import launch
 from ...errors import LaunchError
 from ...runtime import Runtime
 from ...topology import Topology
-from . import tell
+from . import nearest, tell
 
 _ROUNDS = 3
+_LOOK = 4  # a look takes at most this part of the time that there is to meet
 
 
 def main() -> None:
@@ -41,28 +44,39 @@ def main() -> None:
 
 
 def _meet(runtime: Runtime, given: dict[str, Any], library: str) -> None:
-    mark = Path(given["folder"], given["mark"])
-    made = runtime.bcast(str(mark) if runtime.rank == 0 and _made(mark) else "")
+    made = runtime.bcast(_marked(given) if runtime.rank == 0 and given["folder"] else "")
     clocks = []
     for _ in range(_ROUNDS):
         runtime.wait(runtime.comm.Ibarrier())
         clocks.append(time.time())
-    given["facts"].update(clocks=clocks, sees=not made or Path(made).exists())
+    given["facts"].update(clocks=clocks, sees=not made or _seen(made, given["limit_s"]))
     given["facts"]["versions"]["MPI"] = library
     reports = runtime.gather_object(given)
     if runtime.rank == 0:
         if made:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.unlink(made)
         tell(reports=reports)
     runtime.wait(runtime.comm.Ibarrier())
 
 
-def _made(mark: Path) -> bool:
+def _marked(given: dict[str, Any]) -> str:
+    """A file in the run folder, for the others to find; empty if none can be made."""
     try:
+        mark = nearest(given["folder"]) / given["mark"]
         mark.touch()
     except OSError:  # why, another check says
-        return False
-    return True
+        return ""
+    return str(mark)
+
+
+def _seen(path: str, limit_s: float) -> bool:
+    """Whether it is there; a file system that does not answer shows nothing."""
+    found: list[bool] = []
+    look = threading.Thread(target=lambda: found.append(os.path.exists(path)), daemon=True)
+    look.start()
+    look.join(limit_s / _LOOK)
+    return found == [True]
 
 
 if __name__ == "__main__":
