@@ -146,6 +146,7 @@ def wrong_nodes(topology: Topology, faults: Sequence[Fault], rates: Sequence[Rat
     the one with the most first, and both ends where that does not tell.
     """
     named = {topology.node_of(rank) for rank, each in enumerate(rates) if each.wrong}
+    named |= {topology.node_of(each.sender) for each in faults if each.late}
     rest = [(topology.node_of(each.sender), topology.node_of(each.receiver)) for each in faults]
     while rest := [ends for ends in rest if not named & set(ends)]:
         partners: dict[int, set[int]] = {}

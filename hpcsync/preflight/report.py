@@ -13,6 +13,7 @@ from ..topology import Topology
 from ..wording import ranges
 from .judge import NodeFound, Slow
 from .survey import Level
+from .wire import Fault
 
 _MOST_ROWS = 24
 _WORDS = {
@@ -67,7 +68,7 @@ def as_json(found: Result) -> str:
         "device": found.device,
         "seconds": found.seconds,
         "nodes": [asdict(node) for node in found.nodes],
-        "levels": {name: _level(level) for name, level in found.levels.items() if level.pairs},
+        "levels": {name: _level(level) for name, level in found.levels.items() if level.tried},
         "slow": [asdict(slow) | {"name": found.nodes[slow.node].name} for slow in found.slow],
         "slow_pairs": [
             {"nodes": [found.nodes[low].name, found.nodes[high].name], "share": share}
@@ -85,8 +86,8 @@ def _level(level: Level) -> dict[str, Any]:
     together = level.together
     return {
         "pairs": [asdict(pair) for pair in level.pairs],
-        "rate": median(pair.rate for pair in level.pairs),
-        "latency_s": median(pair.latency_s for pair in level.pairs),
+        "rate": median(pair.rate for pair in level.pairs) if level.pairs else None,
+        "latency_s": median(pair.latency_s for pair in level.pairs) if level.pairs else None,
         "all_ranks": asdict(together) if together else None,
         "transfers": level.transfers,
         "faults": [asdict(fault) for fault in level.faults],
@@ -196,8 +197,7 @@ def _complaints(found: Result) -> list[str]:
     for level in found.levels.values():
         lines += [
             f"wrong: rank {fault.sender} ({names[found.topology.node_of(fault.sender)]}) to rank "
-            f"{fault.receiver} ({names[found.topology.node_of(fault.receiver)]}): {fault.words} "
-            f"words of {fault.nbytes} bytes differ, the first at byte {fault.first}"
+            f"{fault.receiver} ({names[found.topology.node_of(fault.receiver)]}): {_fault(fault)}"
             for fault in level.faults[:_MOST_ROWS]
         ]
         if level.left_out:
@@ -213,6 +213,13 @@ def _complaints(found: Result) -> list[str]:
     if found.topology.node_count == 2:
         lines.append("of two nodes a slow link cannot be told by its node: three are needed")
     return lines
+
+
+def _fault(fault: Fault) -> str:
+    if fault.stalled_s:
+        why = ", and the sender stood still" if fault.late else ""
+        return f"nothing came for {fault.stalled_s:.0f} s{why}"
+    return f"{fault.words} words of {fault.nbytes} bytes differ, the first at byte {fault.first}"
 
 
 def operations(value: float | None) -> str:

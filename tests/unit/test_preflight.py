@@ -191,6 +191,28 @@ def test_both_ends_are_named_where_one_transfer_was_wrong() -> None:
     assert found(topology, level).named == ["node000", "node003"]
 
 
+def test_a_transfer_that_did_not_come_names_its_ends() -> None:
+    topology = cluster(4)
+    level = linked(topology)
+    level.faults = [Fault(3, 0, 0, 0, 0, stalled_s=30.0), Fault(0, 3, 0, 0, 0, stalled_s=30.0)]
+    result = found(topology, level)
+    assert result.named == ["node000", "node003"]
+    assert "rank 3 (node003) to rank 0 (node000): nothing came for 30 s" in report.as_text(result)
+    level.faults.append(Fault(3, 0, 0, 0, 0, stalled_s=30.0, late=True))
+    result = found(topology, level)
+    assert result.named == ["node003"], "who stood still is known"
+    assert "nothing came for 30 s, and the sender stood still" in report.as_text(result)
+
+
+def test_a_level_where_nothing_came_is_told() -> None:
+    level = Level(faults=[Fault(1, 0, 0, 0, 0, stalled_s=30.0)])
+    result = found(cluster(2), level)
+    told = json.loads(report.as_json(result))["levels"]["rail"]
+    assert told["rate"] is None
+    assert len(told["faults"]) == 1
+    assert "nothing came for 30 s" in report.as_text(result)
+
+
 def test_a_wrong_product_is_named() -> None:
     result = found(cluster(3), linked(cluster(3)), wrong2=1)
     assert result.named == ["node002"]
