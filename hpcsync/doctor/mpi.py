@@ -23,6 +23,8 @@ _PLAIN = {
     "FI_PROVIDER": "tcp",
     "UCX_TLS": "tcp,self,sm",
 }
+_CONFIGS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/usr/local/etc/slurm.conf")
+_PLUGINS = ("pmix", "cray", "pmi2")  # the best one first
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 
@@ -56,6 +58,9 @@ def _unusable(system: System, answer: Answer, told: Mapping[str, Any]) -> Findin
 
 def _stuck(system: System, answer: Answer, told: Mapping[str, Any]) -> Finding:
     what = str(told["stage"])
+    if configured(system) and not system.place.job and not system.place.launcher:
+        why = f"{what}: {answer.how()}: login nodes may lack what MPI needs; try in a job"
+        return warn("mpi.login", why, f"{srun(system)} -n 1 {system.again()}")
     plain = all(system.env.get(name) == value for name, value in _PLAIN.items())
     fix = "export " + " ".join(f"{name}={value}" for name, value in _PLAIN.items())
     if plain:
@@ -115,6 +120,30 @@ def plugins(system: System) -> list[str]:
     answer = system.call("srun", "--mpi=list")
     words = re.findall(r"^\s*(?:srun:\s)?\s*([a-z][\w-]*)\s*$", answer.out + answer.err, re.M)
     return sorted({word for word in words if word != "none"}) if answer.ok else []
+
+
+def srun(system: System) -> str:
+    """srun with the plug-in for MPI that the site has; pmix where it does not say."""
+    listed = plugins(system)
+    kinds = (name for kind in _PLUGINS for name in listed if name.startswith(kind))
+    return f"srun --mpi={next(kinds, 'pmix')}"
+
+
+def start(system: System, each: int, hosts: int) -> str:
+    """The begin of a command line that starts ``each`` ranks on each of ``hosts``."""
+    name = system.place.launcher or "mpirun"
+    spread = {"srun": f"--ntasks-per-node={each}", "mpiexec": f"-ppn {each}"}
+    where = spread.get(name, f"--map-by ppr:{each}:node")
+    command = srun(system) if name == "srun" else name
+    return f"{command} -n {each * hosts}" + (f" {where}" if hosts > 1 else "")
+
+
+def configured(system: System) -> bool:
+    """Whether this machine belongs to a cluster with Slurm, as far as files tell."""
+    if system.which("srun") is None:
+        return False
+    named = "SLURM_CONF" in system.env or "SLURM_CONF_SERVER" in system.env
+    return named or any(os.path.exists(system.at(path)) for path in _CONFIGS)
 
 
 def launcher(system: System, path: str) -> Iterator[Finding]:

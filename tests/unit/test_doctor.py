@@ -15,6 +15,7 @@ import pytest
 
 from hpcsync.doctor import checks, children, oldest, report, software
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
+from hpcsync.doctor.command import make_parser
 from hpcsync.doctor.facts import gather, numbers
 from hpcsync.doctor.place import Place, alone
 from hpcsync.doctor.probes import world
@@ -89,6 +90,11 @@ def test_it_starts_light(words: list[str]) -> None:
         (["run.dri=x"], "did you mean"),
         (["nowhere.toml"], "nowhere.toml"),
         (["--limit", "soon"], "--limit"),
+        (["--limit", "0"], "--limit"),
+        (["--limit", "-1"], "--limit"),
+        (["--limit", "nan"], "--limit"),
+        (["--limit", "inf"], "--limit"),
+        (["--only", ","], "--only: names no check"),
     ],
 )
 def test_what_cannot_be_understood(words: list[str], told: str) -> None:
@@ -316,19 +322,23 @@ def test_the_oldest_python_is_that_of_the_package() -> None:
 
 
 @provokes("shm.error")
-def test_a_check_that_fails_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(system: System) -> list[Finding]:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(checks, "CHECKS", (Check("shm", Scope.NODE, broken), checks.CHECKS[7]))
     (found,) = checks.mine(System(command=("doctor",)), ["shm"])
     assert found.status == Status.FAIL
-    assert found.why == "the check itself failed: RuntimeError: no luck"
-    words = found.fix.split()
-    assert words[:2] == ["doctor", "--only"]
-    names = words[2].split(",")
-    assert "shm" not in names
-    assert [each.status for each in checks.mine(System(), names)] == [Status.PASS]
+    assert found.why.startswith("the check itself failed: RuntimeError: no luck: a defect")
+    assert found.fix == "doctor --only shm --debug"
+    assert "Traceback" not in capsys.readouterr().err
+    options = make_parser().parse_args(found.fix.split()[1:])
+    assert list(checks.mine(System(debug=options.debug), [options.only]))
+    assert "in broken\n" in capsys.readouterr().err
+    # The others are made nevertheless.
+    assert [each.status for each in checks.mine(System(), ["limits"])] == [Status.PASS]
 
 
 def test_helper_follows_a_fix() -> None:
