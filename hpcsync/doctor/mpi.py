@@ -24,6 +24,7 @@ _PLAIN = {
     "UCX_TLS": "tcp,self,sm",
 }
 _CONFIGS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/usr/local/etc/slurm.conf")
+_LIBRARIES = ("libmpi.so.40", "libmpich.so.12", "libmpi.so.12", "libmpich.so", "libmpi.so")
 _PLUGINS = ("pmix", "cray", "pmi2")  # the best one first
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
@@ -168,32 +169,46 @@ def launcher(system: System, path: str) -> Iterator[Finding]:
             fix = f"export PATH={shlex.quote(str(home))}:$PATH"
         why = f"{found} belongs to {site}, but mpi4py loads {path}: each rank would be alone"
         yield warn("mpirun.other", why, fix)
-    elif system.user == 0 and any(system.env.get(name) != "1" for name in _CONSENT):
-        yield from _as_root(system, found)
-    else:
-        yield good("mpirun", found)
-
-
-def _as_root(system: System, found: str) -> Iterator[Finding]:
-    answer = system.call(found, "--version")
-    if "Open MPI" in answer.out or "OpenRTE" in answer.out:
+    elif _refuses_root(system, found):
         fix = "export " + " ".join(f"{name}=1" for name in _CONSENT)
         yield warn("mpirun.root", f"{found} refuses to start ranks as root", fix)
+    elif site is None and Path(path).is_file():
+        yield warn(
+            "mpirun.unknown",
+            f"{found}: not compared: which MPI library is its own cannot be seen; whether ranks "
+            f"that load {path} meet under it, a job of two tells",
+            f"{shlex.quote(found)} -n 2 {system.again()}",
+        )
     else:
-        yield good("mpirun", found)
+        yield good("mpirun", found if known else f"{found}, not compared: no MPI library is loaded")
+
+
+def _refuses_root(system: System, found: str) -> bool:
+    if system.user != 0 or all(system.env.get(name) == "1" for name in _CONSENT):
+        return False
+    answer = system.call(found, "--version")
+    return "Open MPI" in answer.out or "OpenRTE" in answer.out
 
 
 def _library_of(system: System) -> Path | None:
-    """The MPI library beside the mpirun on PATH."""
+    """The MPI library beside the mpirun on PATH; None where there is none, or two."""
     found = system.which("mpirun")
     if found is None:
         return None
-    prefix = Path(found).resolve().parent.parent
-    for folder in ("lib", "lib64"):
-        for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so"):
-            if (prefix / folder / name).is_file():
-                return prefix / folder / name
-    return None
+    program = Path(found).resolve()
+    prefix = program.parent.parent
+    beside: dict[str, Path] = {}
+    for folder in ("lib", "lib64", "lib/release", "lib/*-linux-gnu"):
+        for name in _LIBRARIES:
+            for path in prefix.glob(f"{folder}/{name}"):
+                beside.setdefault("mpich" if "mpich" in path.resolve().name else "mpi", path)
+    # Debian installs both into one folder, and names their programs apart.
+    name = program.name
+    if "mpich" in name or "hydra" in name:
+        return beside.get("mpich", beside.get("mpi"))
+    if "openmpi" in name or "orte" in name or "prte" in name:
+        return beside.get("mpi")
+    return next(iter(beside.values())) if len(beside) == 1 else None
 
 
 def device_memory(system: System) -> Iterator[Finding]:
