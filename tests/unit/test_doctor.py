@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpcsync.doctor import checks, children, oldest, report, software
+from hpcsync.doctor.__main__ import main as doctor_main
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
 from hpcsync.doctor.command import make_parser
 from hpcsync.doctor.facts import gather, numbers
@@ -281,6 +282,24 @@ def test_old_python_without_a_checkout_or_a_newer_one(tmp_path: Path) -> None:
         " && python -m pip install 'hpcsync[mpi]'"
     )
     assert "uv python install" in oldest.complaint((3, 9, 2), "/nowhere", "/nowhere")[1]
+
+
+def test_old_python_reports_as_json_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(oldest, "complaint", lambda *_: ("too old", "newer"))
+    for name in oldest._RANKS:
+        monkeypatch.delenv(name, raising=False)
+    assert doctor_main(["--json", "--only", "shm"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    entries = report.merge([(0, told["where"], fail("python.old", "too old", "newer"))], ())
+    whole = report.Report(where=told["where"], entries=entries, ranks=1, heard=1)
+    assert told == json.loads(report.document(whole))
+    assert doctor_main([]) == 1
+    assert capsys.readouterr().out.startswith("  FAIL  python  too old\n")
+    monkeypatch.setenv("PMI_RANK", "1")
+    assert doctor_main(["--json"]) == 1
+    assert not capsys.readouterr().out
 
 
 def test_a_python_that_takes_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
