@@ -401,6 +401,6 @@ def test_the_status_of_the_program_is_told_whatever_comes_between(fakes: Path) -
 def test_term_is_passed_on(fakes: Path) -> None:
     (fakes / "program.py").write_text(PROGRAM.replace("SIGUSR2", "SIGTERM").replace("75", "143"))
     signals = "(until [[ -e ready ]]; do sleep 0.05; done; kill -TERM $$) & "
-    go = f"supervise {sys.executable} program.py; echo status $?"
+    go = f"supervise {sys.executable} program.py; echo status $? $told_to_end"
     told = shell(fakes, f"cd {fakes}; launcher=(env); {signals} {go}")
-    assert told == "status 143\n"
+    assert told == "status 143 1\n"
