@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__
 from ..topology import Topology
 from ..wording import ranges
+from .compute import Rates
 from .judge import NodeFound, Slow
 from .survey import Level
 from .wire import Fault
@@ -33,7 +34,8 @@ class Result:
         levels: node and rail.
         slow_pairs: nodes and their share of the median.
         wrong: nodes that compute or transfer wrong.
-        saved: where costs were written, or why not.
+        rates: of each rank.
+        saved: where costs were written, or why not; not in the text.
     """
 
     topology: Topology
@@ -45,8 +47,13 @@ class Result:
     slow: Sequence[Slow]
     slow_pairs: Sequence[tuple[int, int, float]]
     wrong: Sequence[int]
-    wrong_products: int
-    saved: str
+    rates: Sequence[Rates]
+    saved: str = ""
+
+    @property
+    def wrong_products(self) -> int:
+        """Of all ranks."""
+        return sum(each.wrong for each in self.rates)
 
     @property
     def named(self) -> list[str]:
@@ -61,9 +68,12 @@ class Result:
 
 
 def as_json(found: Result) -> str:
-    """One object: nodes, levels, slow, wrong and exclude."""
+    """One object: ranks, nodes, levels, slow, wrong and exclude."""
     whole: dict[str, Any] = {
-        "ranks": found.topology.size,
+        "ranks": [
+            {"rank": rank, "node": found.nodes[found.topology.node_of(rank)].name, **asdict(each)}
+            for rank, each in enumerate(found.rates)
+        ],
         "mpi": found.mpi,
         "device": found.device,
         "seconds": found.seconds,
@@ -108,7 +118,7 @@ def as_text(found: Result) -> str:
     lines += ["", *_complaints(found)]
     if found.exclude:
         lines.append(found.exclude)
-    return "\n".join([*lines, found.saved])
+    return "\n".join(lines)
 
 
 def _node_table(found: Result) -> list[str]:
@@ -206,7 +216,8 @@ def _complaints(found: Result) -> list[str]:
                 "more)"
             )
     if found.wrong_products:
-        who = ", ".join(names[node] for node in found.wrong)
+        nodes = {found.topology.node_of(at) for at, each in enumerate(found.rates) if each.wrong}
+        who = ", ".join(names[node] for node in sorted(nodes))
         lines.append(f"wrong: {found.wrong_products} matrix products were not the same ({who})")
     if not found.named:
         lines.insert(0, "no node is named: none is slow, and nothing was wrong")
