@@ -243,7 +243,8 @@ supervise() {
 }
 
 asked_to_leave() {
-    [[ -n ${teller:-} ]] && return
+    [[ -z $asked ]] || return
+    asked=1 # at once: a second signal may come in the middle of this
     [[ -z $early ]] || say "the signal of the time limit came before the ranks have started: --time" \
         "must be longer than the lead of --signal (120 s) and a start"
     if [[ $own_script ]]; then
@@ -317,7 +318,7 @@ scratch=$(mktemp -d 2>/dev/null) || {
     scratch=$(mktemp -d) || die "no folder for temporary files can be made, not even in /tmp"
 }
 export HPCSYNC_STATUS_FILE=$scratch/status
-early='' own_script=''
+early='' asked='' own_script=''
 # shellcheck disable=SC2034 # chain.sh asks for it
 told_to_end=''
 trap 'early=1' USR1 # the time limit may be near before the ranks have started

@@ -84,11 +84,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the unit tests first; skip what this machine cannot run, and say what it lacks."""
+    """Run the unit tests first; skip what this machine cannot run, and say what it lacks.
+
+    Raises:
+        UsageError: it lacks what tests need whose mark is in HPCSYNC_NEED, as in "cluster,slurm".
+    """
     items.sort(key=lambda item: HERE / "unit" not in item.path.parents)
     for item in items:
         for mark, lacks in LACKS.items():
             if item.get_closest_marker(mark) and (reason := lacks()):
+                if launcher.needed(mark):
+                    raise pytest.UsageError(f"HPCSYNC_NEED names {mark}, but {reason}")
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
 
 

@@ -1,7 +1,7 @@
 """What the pages for people hold: blocks of shell and of files, links, quotes.
 
 ```sh            commands that a laptop can run, in order, from the folder of the checkout
-```sh install    commands that fetch something: timed by tools/time_newcomer.py, not run here
+```sh apart      commands that a test has no place for, as they fetch, need root or take long
 ```sh cluster    commands for a batch system: their files, options and decks are checked
 ```python        whose first line is `# NAME.py`: that file, before the commands below it
 ```toml          whose first line is `# NAME.toml`: likewise

@@ -45,6 +45,11 @@ def missing() -> str | None:
     return None
 
 
+def needed(mark: str) -> bool:
+    """Whether tests of this mark must not be skipped here."""
+    return mark in os.environ.get("HPCSYNC_NEED", "").split(",")
+
+
 def mpirun(ranks: int, *flags: str) -> list[str]:
     """The start of a command line that runs ``ranks`` ranks on this machine."""
     found = find_mpirun()

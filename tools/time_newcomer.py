@@ -11,6 +11,7 @@ configuration and environment counts: without any it downloads from the public i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +75,11 @@ def environment(cache: Path, home: Path) -> dict[str, str]:
     return env
 
 
-def start(folder: Path, command: str, env: dict[str, str]) -> Start:
+def start(folder: Path, command: str, env: dict[str, str], limit_s: float = _LIMIT_S) -> Start:
     """Run ``command`` until the first step has been told, then stop it.
 
     Raises:
-        RuntimeError: it ended before, or did not get there in half an hour.
+        RuntimeError: it ended before, or did not get there in ``limit_s`` seconds.
     """
     began = time.monotonic()
     job = subprocess.Popen(
@@ -93,6 +95,9 @@ def start(folder: Path, command: str, env: dict[str, str]) -> Start:
     assert job.stdout is not None
     said: list[str] = []
     ready = 0.0
+    # It may say nothing for ever: at the limit it is ended, and with it what it says.
+    limit = threading.Timer(limit_s, _end, [job])
+    limit.start()
     try:
         for line in job.stdout:
             now = time.monotonic() - began
@@ -102,24 +107,19 @@ def start(folder: Path, command: str, env: dict[str, str]) -> Start:
                 ready = now
             if _STEP.match(line):
                 return Start(ready, now)
-            if now > _LIMIT_S:
-                break
     finally:
+        limit.cancel()
         _end(job)
     raise RuntimeError(f"no step of training:\n{''.join(said[-30:])}")
 
 
 def _end(job: subprocess.Popen[str]) -> None:
-    """End its whole session, after a while the hard way."""
+    """End its whole session, and what is left after a while the hard way."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(30)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def mebibytes(folder: Path) -> float:

@@ -18,12 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     version = tuple(sys.version_info[:3])
     told = oldest.complaint(version, os.environ.get("PATH"), os.path.dirname(package))
+    words = sys.argv[1:] if argv is None else argv
     if told is not None:
-        print(f"  FAIL  python  {told[0]}\n                fix: {told[1]}")
+        if oldest.first(os.environ):
+            print(oldest.report(told, "--json" in words), flush=True)
         return 1
     from .command import run
 
-    return run(sys.argv[1:] if argv is None else argv)
+    return run(words)
 
 
 if __name__ == "__main__":

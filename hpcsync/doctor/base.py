@@ -93,6 +93,7 @@ class System:
         prefix: the Python environment.
         version: of Python.
         user: effective user id.
+        debug: whether to show where a check failed itself.
         takes_packages: whether pip is here, and may install into this Python.
     """
 
@@ -105,12 +106,18 @@ class System:
     prefix: Path = Path(sys.prefix)
     version: tuple[int, ...] = tuple(sys.version_info[:3])
     user: int = field(default_factory=os.geteuid)
+    debug: bool = False
     takes_packages: bool = field(default_factory=lambda: _takes_packages())
 
     @property
     def place(self) -> Place:
         """Which rank of which job this is."""
         return Place.find(self.env)
+
+    @property
+    def sudo(self) -> str:
+        """What comes before a command that only root may give."""
+        return "" if self.user == 0 else "sudo "
 
     def at(self, path: str) -> Path:
         """A path of the system, such as ``/proc/self/status``."""

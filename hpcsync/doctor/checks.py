@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
@@ -64,6 +65,11 @@ def guarded(name: str, system: System, run: Callable[[], Iterable[Finding]]) -> 
     try:
         yield from run()
     except Exception as error:
-        why = f"the check itself failed: {type(error).__name__}: {last_line(str(error))}"
-        others = [each for each in ORDER if each != name]
-        yield fail(f"{name}.error", why, system.again("--only", ",".join(others)))
+        if system.debug:
+            traceback.print_exc()
+        yield fail(
+            f"{name}.error",
+            f"the check itself failed: {type(error).__name__}: {last_line(str(error))}: a defect "
+            "of hpcsync; report it with the traceback that this shows",
+            system.again("--only", name, "--debug"),
+        )

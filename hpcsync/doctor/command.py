@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ def run(argv: Sequence[str]) -> int:
     system = System(limit_s=options.limit)
     try:
         names = _names(options.only)
-        system = System(limit_s=options.limit, config=_config(options.words))
+        config = _config(options.words)
+        system = System(limit_s=options.limit, config=config, debug=options.debug)
     except UserError as error:
         if system.place.rank == 0:
             print(f"hpcsync: error: {error}", file=sys.stderr)
@@ -56,8 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--only", metavar="CHECK,...", help=f"make these checks only, of {', '.join(checks.ORDER)}"
     )
     parser.add_argument(
+        "--debug", action="store_true", help="show where a check failed itself, as a traceback"
+    )
+    parser.add_argument(
         "--limit",
-        type=float,
+        type=_seconds,
         default=60.0,
         metavar="SECONDS",
         help="how long a check may take (default: %(default)g); ranks may take three times as long "
@@ -66,10 +71,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return value
+
+
 def _names(only: str | None) -> Sequence[str]:
     if only is None:
         return checks.ORDER
     names = [name.strip() for name in only.split(",") if name.strip()]
+    if not names:
+        raise UserError("--only: names no check; --help lists them")
     for name in names:
         if name not in checks.ORDER:
             near = suggest(name, checks.ORDER)

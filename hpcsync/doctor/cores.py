@@ -1,4 +1,4 @@
-"""Cores of the ranks of each host: too few, bound to too few, or shared by mistake. Pure."""
+"""Cores of the ranks of each host: too few, bound to too few, or shared by mistake."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ..wording import ranges
 from .base import Finding, System, fail, result, warn
 from .facts import Facts
+from .mpi import start
 
 # How ranks are left free of cores, for Open MPI 5, Open MPI 4, MPICH and srun.
 UNBIND = (
@@ -35,13 +36,12 @@ def judge(system: System, ranks: Sequence[Facts], hosts: int = 1) -> list[Findin
 
 def _crowded(system: System, count: int, room: int, hosts: int, wider: int) -> Finding:
     """``wider``: cores that the machine has, if the shell that started the ranks has fewer."""
-    name = system.place.launcher or "mpirun"
-    each = f"--ntasks-per-node={room}" if name == "srun" else f"--map-by ppr:{room}:node"
-    start = f"{name} -n {room * hosts}" + (f" {each}" if hosts > 1 else "")
     return warn(
         "cores.crowded",
         f"{count} ranks on {room} {_cores(room)}: they take turns; start fewer, or give them more",
-        f"taskset -cp 0-{wider - 1} $$" if wider else f"{start} {system.again()}",
+        f"taskset -cp 0-{wider - 1} $$"
+        if wider
+        else f"{start(system, room, hosts)} {system.again()}",
     )
 
 

@@ -14,8 +14,8 @@ from . import checks, facts, ranks, storage
 from .base import Finding, Status, System
 from .children import Answer
 from .facts import Facts
+from .mpi import configured
 from .report import Report, merge
-from .slurm import configured
 
 # Ranks meet after checks that take one longer than another, some of them a time limit or two.
 _MEETING_LIMITS = 3

@@ -23,6 +23,9 @@ _PLAIN = {
     "FI_PROVIDER": "tcp",
     "UCX_TLS": "tcp,self,sm",
 }
+_CONFIGS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/usr/local/etc/slurm.conf")
+_LIBRARIES = ("libmpi.so.40", "libmpich.so.12", "libmpi.so.12", "libmpich.so", "libmpi.so")
+_PLUGINS = ("pmix", "cray", "pmi2")  # the best one first
 _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 
@@ -56,6 +59,9 @@ def _unusable(system: System, answer: Answer, told: Mapping[str, Any]) -> Findin
 
 def _stuck(system: System, answer: Answer, told: Mapping[str, Any]) -> Finding:
     what = str(told["stage"])
+    if configured(system) and not system.place.job and not system.place.launcher:
+        why = f"{what}: {answer.how()}: login nodes may lack what MPI needs; try in a job"
+        return warn("mpi.login", why, f"{srun(system)} -n 1 {system.again()}")
     plain = all(system.env.get(name) == value for name, value in _PLAIN.items())
     fix = "export " + " ".join(f"{name}={value}" for name, value in _PLAIN.items())
     if plain:
@@ -117,6 +123,30 @@ def plugins(system: System) -> list[str]:
     return sorted({word for word in words if word != "none"}) if answer.ok else []
 
 
+def srun(system: System) -> str:
+    """srun with the plug-in for MPI that the site has; pmix where it does not say."""
+    listed = plugins(system)
+    kinds = (name for kind in _PLUGINS for name in listed if name.startswith(kind))
+    return f"srun --mpi={next(kinds, 'pmix')}"
+
+
+def start(system: System, each: int, hosts: int) -> str:
+    """The begin of a command line that starts ``each`` ranks on each of ``hosts``."""
+    name = system.place.launcher or "mpirun"
+    spread = {"srun": f"--ntasks-per-node={each}", "mpiexec": f"-ppn {each}"}
+    where = spread.get(name, f"--map-by ppr:{each}:node")
+    command = srun(system) if name == "srun" else name
+    return f"{command} -n {each * hosts}" + (f" {where}" if hosts > 1 else "")
+
+
+def configured(system: System) -> bool:
+    """Whether this machine belongs to a cluster with Slurm, as far as files tell."""
+    if system.which("srun") is None:
+        return False
+    named = "SLURM_CONF" in system.env or "SLURM_CONF_SERVER" in system.env
+    return named or any(os.path.exists(system.at(path)) for path in _CONFIGS)
+
+
 def launcher(system: System, path: str) -> Iterator[Finding]:
     """Whether mpirun is here, belongs to the library at ``path``, and would start as this user."""
     if system.place.launcher:
@@ -139,32 +169,46 @@ def launcher(system: System, path: str) -> Iterator[Finding]:
             fix = f"export PATH={shlex.quote(str(home))}:$PATH"
         why = f"{found} belongs to {site}, but mpi4py loads {path}: each rank would be alone"
         yield warn("mpirun.other", why, fix)
-    elif system.user == 0 and any(system.env.get(name) != "1" for name in _CONSENT):
-        yield from _as_root(system, found)
-    else:
-        yield good("mpirun", found)
-
-
-def _as_root(system: System, found: str) -> Iterator[Finding]:
-    answer = system.call(found, "--version")
-    if "Open MPI" in answer.out or "OpenRTE" in answer.out:
+    elif _refuses_root(system, found):
         fix = "export " + " ".join(f"{name}=1" for name in _CONSENT)
         yield warn("mpirun.root", f"{found} refuses to start ranks as root", fix)
+    elif site is None and Path(path).is_file():
+        yield warn(
+            "mpirun.unknown",
+            f"{found}: not compared: which MPI library is its own cannot be seen; whether ranks "
+            f"that load {path} meet under it, a job of two tells",
+            f"{shlex.quote(found)} -n 2 {system.again()}",
+        )
     else:
-        yield good("mpirun", found)
+        yield good("mpirun", found if known else f"{found}, not compared: no MPI library is loaded")
+
+
+def _refuses_root(system: System, found: str) -> bool:
+    if system.user != 0 or all(system.env.get(name) == "1" for name in _CONSENT):
+        return False
+    answer = system.call(found, "--version")
+    return "Open MPI" in answer.out or "OpenRTE" in answer.out
 
 
 def _library_of(system: System) -> Path | None:
-    """The MPI library beside the mpirun on PATH."""
+    """The MPI library beside the mpirun on PATH; None where there is none, or two."""
     found = system.which("mpirun")
     if found is None:
         return None
-    prefix = Path(found).resolve().parent.parent
-    for folder in ("lib", "lib64"):
-        for name in ("libmpi.so.40", "libmpi.so.12", "libmpi.so"):
-            if (prefix / folder / name).is_file():
-                return prefix / folder / name
-    return None
+    program = Path(found).resolve()
+    prefix = program.parent.parent
+    beside: dict[str, Path] = {}
+    for folder in ("lib", "lib64", "lib/release", "lib/*-linux-gnu"):
+        for name in _LIBRARIES:
+            for path in prefix.glob(f"{folder}/{name}"):
+                beside.setdefault("mpich" if "mpich" in path.resolve().name else "mpi", path)
+    # Debian installs both into one folder, and names their programs apart.
+    name = program.name
+    if "mpich" in name or "hydra" in name:
+        return beside.get("mpich", beside.get("mpi"))
+    if "openmpi" in name or "orte" in name or "prte" in name:
+        return beside.get("mpi")
+    return next(iter(beside.values())) if len(beside) == 1 else None
 
 
 def device_memory(system: System) -> Iterator[Finding]:

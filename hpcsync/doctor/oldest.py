@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
+import socket
+from collections.abc import Mapping
 
+from .. import __version__
+
+FORMAT = 1  # of the report as JSON
 OLDEST = (3, 11)
 _NEWEST = 20
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PALS_RANKID", "PMI_RANK", "SLURM_PROCID")
 
 
 def complaint(
@@ -43,3 +50,40 @@ def environment(python: str, root: str | os.PathLike[str]) -> str:
         return f"{shlex.quote(python)} {shlex.quote(bootstrap)} setup && . {shlex.quote(activate)}"
     make = f"{shlex.quote(python)} -m venv ~/hpcsync && . ~/hpcsync/bin/activate"
     return f"{make} && python -m pip install 'hpcsync[mpi]'"
+
+
+def first(env: Mapping[str, str]) -> bool:
+    """Whether this is rank 0 of its job, or in none."""
+    return next((env[name] for name in _RANKS if name in env), "0") == "0"
+
+
+def report(told: tuple[str, str], as_json: bool) -> str:
+    """The whole report, where nothing else can be looked at.
+
+    Args:
+        told: what is wrong with this Python, and the command that mends it.
+    """
+    why, fix = told
+    if not as_json:
+        return f"  FAIL  python  {why}\n                fix: {fix}"
+    host = socket.gethostname()
+    finding = {
+        "check": "python",
+        "code": "python.old",
+        "status": "FAIL",
+        "why": why,
+        "fix": fix,
+        "ranks": [0],
+        "hosts": [host],
+    }
+    found = {
+        "format": FORMAT,
+        "hpcsync": __version__,
+        "where": host,
+        "ranks": 1,
+        "heard": 1,
+        "status": "FAIL",
+        "exit_status": 1,
+        "findings": [finding],
+    }
+    return json.dumps(found, indent=2)

@@ -1,4 +1,4 @@
-"""What comes out only when all ranks are compared. Pure."""
+"""What comes out only when all ranks are compared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..topology import Topology
 from . import cores, storage
 from .base import Finding, System, fail, good, warn
 from .facts import Facts
+from .mpi import start
 
 SKEW_S = 5.0
 _NAMED = 4
@@ -54,13 +55,11 @@ def _names(
     if not topology.uniform and not width:
         most = max(map(len, topology.nodes))
         each = len(every) // len(hosts)
-        name = system.place.launcher
-        spread = f"--ntasks-per-node={each}" if name == "srun" else f"--map-by ppr:{each}:node"
         yield warn(
             "nodes.uneven",
             f"{topology.describe()}: only {topology.rails} of {most} ranks of a node send to other "
             "nodes, one a rail",
-            f"{name} -n {each * len(hosts)} {spread} {system.again()}",
+            f"{start(system, each, len(hosts))} {system.again()}",
         )
         return
     yield good("nodes", topology.describe())

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from .. import __version__
 from ..wording import ranges
 from .base import Finding, Status
+from .oldest import FORMAT as FORMAT
 
-FORMAT = 1
 _WORDS = {Status.PASS: "passed", Status.WARN: "warned", Status.FAIL: "failed"}
 _HOSTS_NAMED = 4
 

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 
 from .base import Finding, System, fail, good, result, warn
-from .mpi import plugins
+from .mpi import configured, plugins
 
-_CONFIGS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/usr/local/etc/slurm.conf")
 _LIMIT_S = 20.0
 
 
@@ -25,8 +24,9 @@ def slurm(system: System) -> Iterator[Finding]:
     if not config.ok:
         yield warn(
             "slurm.silent",
-            f"its controller does not answer: {config.how()}",
-            "systemctl restart munge slurmctld",
+            f"its controller does not answer: {config.how()} (for the administrator, where "
+            "slurmctld runs)",
+            f"{system.sudo}systemctl restart munge slurmctld",
         )
         return
     settings = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", config.out, re.M))
@@ -35,14 +35,6 @@ def slurm(system: System) -> Iterator[Finding]:
     kinds = ", ".join(plugins(system))
     version = settings.get("SLURM_VERSION", "")
     yield from result("slurm", found, f"{version}, srun's MPI plug-ins: {kinds}".strip(", "))
-
-
-def configured(system: System) -> bool:
-    """Whether this machine belongs to a cluster with Slurm, as far as files tell."""
-    if system.which("srun") is None:
-        return False
-    named = "SLURM_CONF" in system.env or "SLURM_CONF_SERVER" in system.env
-    return named or any(system.at(path).exists() for path in _CONFIGS)
 
 
 def _plugins(system: System, default: str) -> Iterator[Finding]:

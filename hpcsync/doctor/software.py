@@ -93,7 +93,7 @@ def torch(system: System) -> Iterator[Finding]:
             "torch.slow",
             f"`import torch` {answer.how()} from {system.prefix}: a slow file system, or one that "
             "many ranks read at once; copy the environment to each node",
-            f"cp -a {shlex.quote(str(system.prefix))} {name} && export PATH={name}/bin:$PATH",
+            f"cp -aT {shlex.quote(str(system.prefix))} {name} && export PATH={name}/bin:$PATH",
         )
     elif not answer.ok:
         yield fail(
@@ -160,7 +160,8 @@ def kernels(system: System) -> Iterator[Finding]:
     missing = str(told.get("missing", ""))
     if missing:
         why, _, command = missing.partition("; install")
-        yield warn("kernels.missing", why, _compiler(system) + command.partition("run: ")[2])
+        run = command.partition("run: ")[2] if system.takes_packages else system.pip()
+        yield warn("kernels.missing", why, _compiler(system) + run)
     elif not answer.ok or not told.get("right"):
         how = "add wrongly" if answer.ok else f"do not run here: {_verb(answer)}"
         package = ["-e", str(PACKAGE.parent)] if (PACKAGE.parent / "setup.py").is_file() else []
@@ -175,4 +176,8 @@ def _compiler(system: System) -> str:
     """What comes first where there is no compiler."""
     if any(map(system.which, ("c++", "g++", "clang++"))):
         return ""
-    return "apt-get install -y g++ && " if system.which("apt-get") else "module load gcc && "
+    return (
+        f"{system.sudo}apt-get install -y g++ && "
+        if system.which("apt-get")
+        else "module load gcc && "
+    )

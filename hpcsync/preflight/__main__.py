@@ -8,11 +8,14 @@ What looks slow is measured a second time before a node is named for it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,9 +28,10 @@ from ..runtime import Runtime
 from .options import parse
 
 if TYPE_CHECKING:
-    from . import judge, report, survey
+    from . import judge, report
 
 NAMED = 4  # exit status: some nodes are slow or wrong
+_IMPORTS_S = 300.0  # limit until all have imported, which takes long from a network file system
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -40,11 +44,24 @@ def command(argv: Sequence[str]) -> int:
     """Measure on all ranks of this job; the exit status."""
     if {"-h", "--help"} & set(argv):  # which needs no MPI
         parse(argv)
-    with launch.start(TopologyConfig()) as job:
+    with launch.start(TopologyConfig(), _IMPORTS_S) as job, _told(job, "--json" in argv):
         options = _read(job, argv)
     topology = TopologyConfig(ranks_per_node=options.ranks_per_node)
-    with launch.start(topology, options.timeout) as runtime:
+    limit_s = max(_IMPORTS_S, options.timeout)
+    with launch.start(topology, limit_s) as runtime, _told(runtime, options.json):
         return preflight(runtime, options)
+
+
+@contextlib.contextmanager
+def _told(job: Runtime, as_json: bool) -> Iterator[None]:
+    """Programs that read an object get one in any case, if rank 0 lives to tell."""
+    try:
+        yield
+    except Exception as error:
+        if as_json and job.rank == 0:
+            text = str(error) or type(error).__name__
+            print(json.dumps({"error": text}), flush=True)
+        raise
 
 
 def _read(job: Runtime, argv: Sequence[str]) -> argparse.Namespace:
@@ -67,12 +84,17 @@ def preflight(runtime: Runtime, options: argparse.Namespace) -> int:
 
     from . import report
 
+    runtime.barrier()
+    runtime.timeout_s = options.timeout
     if options.threads:
         torch.set_num_threads(options.threads)
     began = time.perf_counter()
     found = _measure(runtime, options, began)
     if runtime.rank == 0:
-        print(report.as_json(found) if options.json else report.as_text(found), flush=True)
+        if not options.json:
+            print(report.as_text(found), flush=True)
+        saved = _save(runtime, options, found)
+        print(report.as_json(replace(found, saved=saved)) if options.json else saved, flush=True)
     return NAMED if found.named else 0
 
 
@@ -107,23 +129,19 @@ def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> rep
         nodes, slow = verdict()
     measuring.close()
     faults = [fault for level in levels.values() for fault in level.faults]
+    rates = judge.odd_products(rates)
     wrong = judge.wrong_nodes(topology, faults, rates)
-    mpi = launch.mpi_library()[0]
-    saved = ""
-    if runtime.rank == 0:
-        saved = _save(runtime, options, levels, mpi, named=bool(slow or wrong))
     return report.Result(
         topology=topology,
         nodes=nodes,
         device=rates[0].device,
-        mpi=mpi,
+        mpi=launch.mpi_library()[0],
         seconds=time.perf_counter() - began,
         levels=levels,
         slow=slow,
         slow_pairs=judge.slow_pairs(topology, levels["rail"], options.slow),
         wrong=wrong,
-        wrong_products=sum(each.wrong for each in rates),
-        saved=saved,
+        rates=rates,
     )
 
 
@@ -135,27 +153,26 @@ def _name(runtime: Runtime) -> str:
     )
 
 
-def _save(
-    runtime: Runtime,
-    options: argparse.Namespace,
-    levels: dict[str, survey.Level],
-    mpi: str,
-    *,
-    named: bool,
-) -> str:
+def _save(runtime: Runtime, options: argparse.Namespace, found: report.Result) -> str:
     """Keep the costs of links; what is to be told of it."""
-    costs = {name: level.together for name, level in levels.items()}
-    kept = {name: cost for name, cost in costs.items() if cost is not None}
+    costs = {name: level.together for name, level in found.levels.items()}
+    known = {name: cost for name, cost in costs.items() if cost is not None}
+    kept = {name: cost for name, cost in known.items() if saved_costs.usable(cost)}
     if not options.save:
         return "costs of links: not saved, as --save says"
-    if not kept:
+    if not known:
         return "costs of links: not saved, since there are none between these ranks"
-    if named:
+    if not kept:
+        return (
+            "costs of links: not saved, since they were measured as nothing: are there more ranks "
+            "than cores?"
+        )
+    if found.named:
         return (
             "costs of links: not saved, since a job had better not use the nodes named above; run "
             "again without them"
         )
-    place = saved_costs.Place.here(runtime.topology, mpi)
+    place = saved_costs.Place.here(runtime.topology, found.mpi)
     made = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     whole = saved_costs.SavedCosts(made=made, place=place, levels=kept)
     try:

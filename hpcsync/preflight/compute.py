@@ -8,6 +8,7 @@ something else shows in one.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,22 +40,30 @@ class Rates:
     Attributes:
         product: float32 operations a second of a matrix product.
         memory: bytes a second that a copy reads and writes.
-        wrong: products that were not the same bits as the first.
+        wrong: products that were not the same bits as the first, or as other ranks'.
         device: what computed.
+        checksum: of the first product; ranks of a kind multiply the same matrices.
     """
 
     product: float
     memory: float
     wrong: int
     device: str
+    checksum: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Of the device: cpu or cuda."""
+        return self.device.partition(":")[0]
 
     def better(self, other: Rates) -> Rates:
         """The best of two measurements of a rank."""
         return Rates(
             max(self.product, other.product),
             max(self.memory, other.memory),
-            self.wrong + other.wrong,
+            self.wrong + other.wrong + (self.checksum != other.checksum),
             self.device,
+            self.checksum,
         )
 
 
@@ -93,7 +102,8 @@ class Bench:
             )
             wrong += not torch.equal(self._product, self._first)
             memory = max(memory, self._moved * self._calls_a_second(self._copy, window_s))
-        return Rates(product, memory, wrong, str(self._device))
+        checksum = zlib.crc32(self._first.cpu().numpy().data)
+        return Rates(product, memory, wrong, str(self._device), checksum)
 
     def _multiply(self) -> None:
         torch.matmul(self._left, self._right, out=self._product)

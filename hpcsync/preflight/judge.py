@@ -1,6 +1,7 @@
 """Which nodes to name: pure.
 
-A node is compared with the median of all nodes. What counts of its ranks is the slowest, since the
+A node is compared with the median of all nodes; in what its ranks share, of those with as many
+ranks. What counts of its ranks is the slowest, since the
 others wait for it; of its links the best, since a slow partner is not its fault. So of two nodes,
 whose link is one, neither can be named for it.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from ..topology import Topology
@@ -102,13 +103,12 @@ def slow_nodes(nodes: Sequence[NodeFound], share: float) -> list[Slow]:
     for what in ("product", "memory", "inside", "link"):
         if what == "link" and len(nodes) < _FEWEST_FOR_LINKS:
             continue
-        values = {at: getattr(node, what) for at, node in enumerate(nodes)}
-        known = {at: value for at, value in values.items() if value is not None}
-        middle = median(known.values()) if len(known) > 1 else 0.0
-        for at, value in known.items():
-            if value < share * middle:
-                rank = getattr(nodes[at], f"{what}_rank", None)
-                found.append(Slow(at, what, value, value / middle, rank))
+        for known in _alike(nodes, what):
+            middle = median(known.values())
+            for at, value in known.items():
+                if value < share * middle:
+                    rank = getattr(nodes[at], f"{what}_rank", None)
+                    found.append(Slow(at, what, value, value / middle, rank))
     late = {at: node.latency_s for at, node in enumerate(nodes) if node.latency_s is not None}
     if len(late) >= _FEWEST_FOR_LINKS:
         middle = median(late.values())
@@ -118,6 +118,33 @@ def slow_nodes(nodes: Sequence[NodeFound], share: float) -> list[Slow]:
             if value > _LATE * middle and value > middle + _LATE_S
         ]
     return sorted(found, key=lambda slow: slow.node)
+
+
+def _alike(nodes: Sequence[NodeFound], what: str) -> list[dict[int, float]]:
+    """Values by node, for each group of nodes that may be compared: two of them or more."""
+    groups: dict[int, dict[int, float]] = {}
+    for at, node in enumerate(nodes):
+        value = getattr(node, what)
+        if value is not None:
+            ranks = 0 if what == "link" else len(node.ranks)
+            groups.setdefault(ranks, {})[at] = value
+    return [known for known in groups.values() if len(known) > 1]
+
+
+def odd_products(rates: Sequence[Rates]) -> list[Rates]:
+    """The same, with a wrong product more where its bits are not those of most ranks.
+
+    All ranks of a kind multiply the same matrices. Where no value has a majority, none is right.
+    """
+    kinds: dict[str, Counter[int]] = {}
+    for each in rates:
+        kinds.setdefault(each.kind, Counter())[each.checksum] += 1
+    found = []
+    for each in rates:
+        seen = kinds[each.kind]
+        odd = 2 * seen[each.checksum] <= seen.total() and len(seen) > 1
+        found.append(replace(each, wrong=each.wrong + odd))
+    return found
 
 
 def slow_pairs(topology: Topology, between: Level, share: float) -> list[tuple[int, int, float]]:
@@ -146,6 +173,7 @@ def wrong_nodes(topology: Topology, faults: Sequence[Fault], rates: Sequence[Rat
     the one with the most first, and both ends where that does not tell.
     """
     named = {topology.node_of(rank) for rank, each in enumerate(rates) if each.wrong}
+    named |= {topology.node_of(each.sender) for each in faults if each.late}
     rest = [(topology.node_of(each.sender), topology.node_of(each.receiver)) for each in faults]
     while rest := [ends for ends in rest if not named & set(ends)]:
         partners: dict[int, set[int]] = {}

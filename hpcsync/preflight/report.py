@@ -11,8 +11,10 @@ from typing import Any
 from .. import __version__
 from ..topology import Topology
 from ..wording import ranges
+from .compute import Rates
 from .judge import NodeFound, Slow
 from .survey import Level
+from .wire import Fault
 
 _MOST_ROWS = 24
 _WORDS = {
@@ -32,7 +34,8 @@ class Result:
         levels: node and rail.
         slow_pairs: nodes and their share of the median.
         wrong: nodes that compute or transfer wrong.
-        saved: where costs were written, or why not.
+        rates: of each rank.
+        saved: where costs were written, or why not; not in the text.
     """
 
     topology: Topology
@@ -44,8 +47,13 @@ class Result:
     slow: Sequence[Slow]
     slow_pairs: Sequence[tuple[int, int, float]]
     wrong: Sequence[int]
-    wrong_products: int
-    saved: str
+    rates: Sequence[Rates]
+    saved: str = ""
+
+    @property
+    def wrong_products(self) -> int:
+        """Of all ranks."""
+        return sum(each.wrong for each in self.rates)
 
     @property
     def named(self) -> list[str]:
@@ -60,14 +68,17 @@ class Result:
 
 
 def as_json(found: Result) -> str:
-    """One object: nodes, levels, slow, wrong and exclude."""
+    """One object: ranks, nodes, levels, slow, wrong and exclude."""
     whole: dict[str, Any] = {
-        "ranks": found.topology.size,
+        "ranks": [
+            {"rank": rank, "node": found.nodes[found.topology.node_of(rank)].name, **asdict(each)}
+            for rank, each in enumerate(found.rates)
+        ],
         "mpi": found.mpi,
         "device": found.device,
         "seconds": found.seconds,
         "nodes": [asdict(node) for node in found.nodes],
-        "levels": {name: _level(level) for name, level in found.levels.items() if level.pairs},
+        "levels": {name: _level(level) for name, level in found.levels.items() if level.tried},
         "slow": [asdict(slow) | {"name": found.nodes[slow.node].name} for slow in found.slow],
         "slow_pairs": [
             {"nodes": [found.nodes[low].name, found.nodes[high].name], "share": share}
@@ -85,8 +96,8 @@ def _level(level: Level) -> dict[str, Any]:
     together = level.together
     return {
         "pairs": [asdict(pair) for pair in level.pairs],
-        "rate": median(pair.rate for pair in level.pairs),
-        "latency_s": median(pair.latency_s for pair in level.pairs),
+        "rate": median(pair.rate for pair in level.pairs) if level.pairs else None,
+        "latency_s": median(pair.latency_s for pair in level.pairs) if level.pairs else None,
         "all_ranks": asdict(together) if together else None,
         "transfers": level.transfers,
         "faults": [asdict(fault) for fault in level.faults],
@@ -107,7 +118,7 @@ def as_text(found: Result) -> str:
     lines += ["", *_complaints(found)]
     if found.exclude:
         lines.append(found.exclude)
-    return "\n".join([*lines, found.saved])
+    return "\n".join(lines)
 
 
 def _node_table(found: Result) -> list[str]:
@@ -196,8 +207,7 @@ def _complaints(found: Result) -> list[str]:
     for level in found.levels.values():
         lines += [
             f"wrong: rank {fault.sender} ({names[found.topology.node_of(fault.sender)]}) to rank "
-            f"{fault.receiver} ({names[found.topology.node_of(fault.receiver)]}): {fault.words} "
-            f"words of {fault.nbytes} bytes differ, the first at byte {fault.first}"
+            f"{fault.receiver} ({names[found.topology.node_of(fault.receiver)]}): {_fault(fault)}"
             for fault in level.faults[:_MOST_ROWS]
         ]
         if level.left_out:
@@ -206,13 +216,21 @@ def _complaints(found: Result) -> list[str]:
                 "more)"
             )
     if found.wrong_products:
-        who = ", ".join(names[node] for node in found.wrong)
+        nodes = {found.topology.node_of(at) for at, each in enumerate(found.rates) if each.wrong}
+        who = ", ".join(names[node] for node in sorted(nodes))
         lines.append(f"wrong: {found.wrong_products} matrix products were not the same ({who})")
     if not found.named:
         lines.insert(0, "no node is named: none is slow, and nothing was wrong")
     if found.topology.node_count == 2:
         lines.append("of two nodes a slow link cannot be told by its node: three are needed")
     return lines
+
+
+def _fault(fault: Fault) -> str:
+    if fault.stalled_s:
+        why = ", and the sender stood still" if fault.late else ""
+        return f"nothing came for {fault.stalled_s:.0f} s{why}"
+    return f"{fault.words} words of {fault.nbytes} bytes differ, the first at byte {fault.first}"
 
 
 def operations(value: float | None) -> str:

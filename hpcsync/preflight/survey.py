@@ -6,6 +6,7 @@ given is over; what was left out is told.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,10 @@ from ..device.base import Array
 from ..runtime import Runtime
 from . import turns
 from .compute import Bench, Rates, device_of
-from .wire import Between, Fault, Wire
+from .wire import Between, Fault, Stalled, Wire
 
 _IN_NODE, _BETWEEN_NODES = 16 << 20, 64 << 20  # bytes of the largest transfer
+_SILENT = 0.5  # of the job's limit: time for a rank to come back before the others give it up
 _FEWEST_LOOKS, _MOST_LOOKS = 2, 6  # at all ranks together
 _NEAR = 1.03  # the two best looks, when that is enough
 _PATTERN = 251  # a prime, so that a message that went elsewhere does not look right
@@ -45,7 +47,7 @@ class Level:
     Attributes:
         pairs: of ranks that exchanged one by one.
         together: all ranks of the level at once; None if nothing was exchanged.
-        faults: transfers that were wrong.
+        faults: transfers that were wrong, or came to nothing.
         transfers: how many were compared.
         left_out: waves of pairs for which there was no time.
     """
@@ -55,6 +57,11 @@ class Level:
     faults: list[Fault] = field(default_factory=list)
     transfers: int = 0
     left_out: int = 0
+
+    @property
+    def tried(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.pairs or self.faults)
 
     def look_again(self, other: Level) -> None:
         """Take what was better in a second measurement, and what was wrong in either."""
@@ -97,10 +104,13 @@ class Survey:
         self._comm = runtime.comm.Dup()
         self._node_comm = runtime.group(runtime.topology.node(runtime.rank))
         self._node = runtime.topology.node_of(runtime.rank)
+        self._stalled: set[turns.Pair] = set()  # the same on all ranks
+        self._given_up: list[Wire] = []
 
     def close(self) -> None:
         """Free the communicators."""
-        self._comm.Free()
+        if not self._stalled:  # else messages are on their way in it
+            self._comm.Free()
         self._node_comm.Free()
 
     def compute(self, before: Sequence[Rates] = ()) -> list[Rates]:
@@ -136,17 +146,15 @@ class Survey:
     def _level(self, waves: Sequence[Sequence[turns.Pair]], largest: int, name: str) -> Level:
         level = Level()
         self._in_pairs(level, waves, largest)
-        if not self._budget.spent():
+        if not self._stalled and not self._budget.spent():
             level.together = self._together(level, name)
         return level
 
     def _in_pairs(self, level: Level, waves: Sequence[Sequence[turns.Pair]], largest: int) -> None:
         runtime = self._runtime
         waiting = {rank for wave in waves for pair in wave for rank in pair}
-        wire = None
-        if runtime.rank in waiting:
-            wire = Wire(self._comm, largest, runtime.timeout_s)
-        mine: list[tuple[int, Between]] = []
+        wire = self._wire(largest) if runtime.rank in waiting else None
+        mine: list[tuple[int, Between | Fault]] = []
         for at, wave in enumerate(waves):
             # Everybody has a turn before the time counts.
             if not waiting and self._budget.spent():
@@ -155,15 +163,43 @@ class Survey:
             waiting -= {rank for pair in wave for rank in pair}
             runtime.barrier()
             for low, high in wave:
-                if wire is not None and runtime.rank in (low, high):
-                    other = high if runtime.rank == low else low
+                if wire is None or runtime.rank not in (low, high) or (low, high) in self._stalled:
+                    continue
+                other = high if runtime.rank == low else low
+                try:
                     mine.append((other, wire.measure(other)))
+                except Stalled as stall:
+                    self._tell(stall)
+                    mine.append((other, stall.fault))
+                    # What is still on its way ends in the old one's memory.
+                    self._given_up.append(wire)
+                    wire = self._wire(largest)
         for rank, told in enumerate(runtime.allgather_object(mine)):
             for other, found in told:
-                level.faults += found.faults
-                level.transfers += found.transfers
-                if rank < other:
-                    level.pairs.append(PairFound(rank, other, found.rate, found.latency_s))
+                self._take(level, rank, other, found)
+
+    def _wire(self, largest: int) -> Wire:
+        return Wire(self._comm, largest, self._runtime.timeout_s * _SILENT)
+
+    def _take(self, level: Level, rank: int, other: int, found: Between | Fault) -> None:
+        """What ``rank`` found with another one."""
+        if isinstance(found, Fault):
+            level.faults.append(found)
+            self._stalled.add((min(rank, other), max(rank, other)))
+            return
+        level.faults += found.faults
+        level.transfers += found.transfers
+        if rank < other:
+            level.pairs.append(PairFound(rank, other, found.rate, found.latency_s))
+
+    def _tell(self, stall: Stalled) -> None:
+        """At once: if the other rank never comes back, nothing else names it."""
+        topology, fault = self._runtime.topology, stall.fault
+        where = ", ".join(
+            f"rank {rank} is on {topology.names[topology.node_of(rank)]}"
+            for rank in (fault.sender, fault.receiver)
+        )
+        print(f"hpcsync: {stall} ({where})", file=sys.stderr, flush=True)
 
     def _together(self, level: Level, name: str) -> LinkCost:
         """The best look, by time of a byte, once another one is near it."""

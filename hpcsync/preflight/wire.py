@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from ..errors import CollectiveTimeout
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
-_GREET, _LOAD, _TOOK, _PING = 721, 722, 723, 724
+_GREET, _LOAD, _TOOK, _PING, _STOP = 721, 722, 723, 724, 725
+_ASK_S = 0.1  # of silence, after which a rank looks whether the other one has given up
 _CHUNKS = 32  # of a transfer
 _AHEAD = 4  # chunks that are being sent; more would let one direction starve the other
 _FIRST, _GROWTH = 1 << 18, 8  # bytes
@@ -38,12 +39,14 @@ Words = NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A transfer that did not arrive as it was sent.
+    """A transfer that did not arrive as it was sent, or not at all.
 
     Attributes:
         words: how many 8-byte words differ.
         first: byte offset of the first of them.
         nbytes: of the transfer.
+        stalled_s: nothing came for so many seconds; 0 if it came.
+        late: the sender itself stood still, not the link.
     """
 
     sender: int
@@ -51,6 +54,23 @@ class Fault:
     words: int
     first: int
     nbytes: int
+    stalled_s: float = 0.0
+    late: bool = False
+
+
+class Stalled(CollectiveTimeout):
+    """The exchange with another rank came to nothing.
+
+    Attributes:
+        fault: as it is told.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        super().__init__(
+            f"preflight: nothing has come from rank {fault.sender} to rank {fault.receiver} for "
+            f"{fault.stalled_s:.0f} s: its node or the link to it stands still"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +96,8 @@ class Wire:
     Args:
         comm: of all who may exchange, with nothing else on it.
         largest: bytes of the largest transfer.
-        timeout_s: without anything arriving, after which the other rank is taken for gone.
+        timeout_s: without anything arriving, after which the exchange is given up. What was begun
+            may still come: keep this object, and use another one from then on.
     """
 
     def __init__(self, comm: Intracomm, largest: int, timeout_s: float) -> None:
@@ -84,6 +105,7 @@ class Wire:
         self._rank = comm.Get_rank()
         self._largest = largest
         self._serial = 0
+        self._begun: list[Request] = []  # holds their memory
         self._base = np.random.default_rng(721).integers(
             0, 1 << 63, largest // _WORD, dtype=np.uint64
         )
@@ -93,8 +115,9 @@ class Wire:
         """Rate, latency and errors; both ranks call it, each with the other.
 
         Raises:
-            CollectiveTimeout: the other rank does not answer.
+            Stalled: the other rank does not answer, or has given up.
         """
+        self._begun.clear()
         self._greet(other)
         latency_s = self._ping(other)
         faults: list[Fault] = []
@@ -120,8 +143,8 @@ class Wire:
     def _greet(self, other: int) -> None:
         """Wait until the other one is there, too."""
         token, mine = np.zeros(1, np.uint8), np.zeros(1, np.uint8)
-        arrived = self._comm.Irecv(token, other, _GREET)
-        sent = self._comm.Isend(mine, other, _GREET)
+        arrived = self._receive(token, other, _GREET)
+        sent = self._send(mine, other, _GREET)
         self._until(lambda: arrived.Test() and sent.Test(), other)
 
     def _ping(self, other: int) -> float:
@@ -131,11 +154,11 @@ class Wire:
         for _ in range(_PINGS + 1):
             began = time.perf_counter()
             if self._rank < other:
-                self._until(self._comm.Isend(token, other, _PING).Test, other)
-                self._until(self._comm.Irecv(token, other, _PING).Test, other)
+                self._until(self._send(token, other, _PING).Test, other)
+                self._until(self._receive(token, other, _PING).Test, other)
             else:
-                self._until(self._comm.Irecv(token, other, _PING).Test, other)
-                self._until(self._comm.Isend(token, other, _PING).Test, other)
+                self._until(self._receive(token, other, _PING).Test, other)
+                self._until(self._send(token, other, _PING).Test, other)
             trips.append((time.perf_counter() - began) / 2)
         return self._agreed([median(trips[1:])], other)[0]
 
@@ -166,7 +189,7 @@ class Wire:
         """Send and receive chunks; seconds from the beginning until each had arrived."""
         size = out.size // _CHUNKS
         cuts = [slice(at * size, (at + 1) * size) for at in range(_CHUNKS)]
-        receives = deque(self._comm.Irecv(into[cut], other, _LOAD) for cut in cuts)
+        receives = deque(self._receive(into[cut], other, _LOAD) for cut in cuts)
         self._greet(other)
         sends: deque[Request] = deque()
         unsent = deque(cuts)
@@ -174,7 +197,7 @@ class Wire:
         began = last = time.perf_counter()
         while receives or sends or unsent:
             while unsent and len(sends) < _AHEAD:
-                sends.append(self._comm.Isend(out[unsent.popleft()], other, _LOAD))
+                sends.append(self._send(out[unsent.popleft()], other, _LOAD))
             moved = False
             while receives and receives[0].Test():
                 receives.popleft()
@@ -193,8 +216,8 @@ class Wire:
     def _theirs(self, mine: list[float], other: int) -> list[float]:
         """The other rank's numbers, against mine."""
         own, theirs = np.array(mine, np.float64), np.empty(len(mine))
-        arrived = self._comm.Irecv(theirs, other, _TOOK)
-        sent = self._comm.Isend(own, other, _TOOK)
+        arrived = self._receive(theirs, other, _TOOK)
+        sent = self._send(own, other, _TOOK)
         self._until(lambda: arrived.Test() and sent.Test(), other)
         return [float(value) for value in theirs]
 
@@ -208,13 +231,24 @@ class Wire:
         now = time.perf_counter()
         if moved:
             return now
-        if now - last > self._timeout_s:
-            raise CollectiveTimeout(
-                f"preflight: nothing has come from rank {other} to rank {self._rank} for "
-                f"{now - last:.0f} s: its node or the link to it stands still"
-            )
+        silent = now - last
+        if silent > self._timeout_s:
+            self._send(np.zeros(1, np.uint8), other, _STOP)
+            raise Stalled(Fault(other, self._rank, 0, 0, 0, silent))
+        if silent > _ASK_S and self._comm.Iprobe(other, _STOP):
+            # On a link that stands still both wait alike. Who has not waited was not there.
+            late = silent < self._timeout_s / 2
+            raise Stalled(Fault(self._rank, other, 0, 0, 0, self._timeout_s, late))
         os.sched_yield()
         return last
+
+    def _send(self, data: NDArray[Any], other: int, tag: int) -> Request:
+        self._begun.append(self._comm.Isend(data, other, tag))
+        return self._begun[-1]
+
+    def _receive(self, into: NDArray[Any], other: int, tag: int) -> Request:
+        self._begun.append(self._comm.Irecv(into, other, tag))
+        return self._begun[-1]
 
 
 def _rounded(nbytes: float) -> int:

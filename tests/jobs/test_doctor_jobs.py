@@ -262,6 +262,23 @@ def test_mpi_that_does_not_start(tmp_path: Path, code: str, fault: str) -> None:
     mended(code, "", command, fix="export OMPI_MCA_pml=ob1", env={"PYTHONPATH": f"{ROOT}:{fake}"})
 
 
+@provokes("mpi.login")
+def test_mpi_that_starts_in_a_job_only(tmp_path: Path) -> None:
+    """A login node of a stand-in for Slurm, whose nodes have what MPI needs."""
+    fake = module(tmp_path, "mpi4py.MPI", FAKE_MPI.format(fault="os.abort()"))
+    listed = "if [ $1 = --mpi=list ]; then printf 'MPI plugin types are...\\n\\tpmix\\n'; exit; fi"
+    run = '[ "$1 $2 $3" = "--mpi=pmix -n 1" ] && shift 3'
+    job = 'SLURM_JOB_ID=7 OMPI_MCA_pml=ob1 exec "$@"'
+    script(tmp_path / "bin", "srun", f"{listed}\n{run}\n{job}")
+    env = {
+        "PYTHONPATH": f"{ROOT}:{fake}",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_CONF": "/x",
+    }
+    found = mended("mpi.login", fix="srun --mpi=pmix -n 1 ", env=env)
+    assert found["status"] == "WARN"
+
+
 @needs_mpi
 @pytest.mark.parametrize(
     ("ranks", "number"), [(0, signal.SIGINT), (0, signal.SIGKILL), (2, signal.SIGTERM)]

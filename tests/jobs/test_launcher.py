@@ -86,3 +86,14 @@ def test_segments_left_behind_are_seen() -> None:
             outcome.assert_clean()
     finally:
         os.unlink(f"/dev/shm/{name}")
+
+
+@pytest.mark.parametrize(("need", "status"), [("", 0), ("slurm", 4)])
+def test_what_is_needed_is_not_skipped(tmp_path: Path, need: str, status: int) -> None:
+    outcome = launcher.run(
+        0,
+        *("-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "tests/slurm"),
+        env={"HPCSYNC_NEED": need, "PATH": str(tmp_path)},
+    )
+    assert outcome.status == status, outcome.describe()
+    assert ("HPCSYNC_NEED names slurm, but slurmctld" in outcome.text) == bool(need)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def test_all_is_measured_and_right(
         return
     told = json.loads(text)
     topology = runtime.topology
-    assert told["ranks"] == topology.size
+    assert [each["rank"] for each in told["ranks"]] == list(range(topology.size))
+    assert len({each["checksum"] for each in told["ranks"]}) == 1
     assert [node["ranks"] for node in told["nodes"]] == [list(ranks) for ranks in topology.nodes]
     levels = told["levels"]
     assert ("rail" in levels) == (topology.node_count > 1)
@@ -143,6 +145,42 @@ def test_a_message_between_all_ranks_that_is_changed_is_found(
         faults = [fault for level in told["levels"].values() for fault in level["faults"]]
         assert {fault["sender"] for fault in faults} == {0}
         assert {fault["first"] for fault in faults} == {100}
+
+
+def test_a_rank_that_stands_still_for_a_turn_is_named(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 comes back when its partner has given it up; all others go on, and it is told."""
+    monkeypatch.setattr(survey, "_SILENT", 0.1)
+    once, slept = wire.Wire._ping, []
+
+    def sleeps(self: wire.Wire, other: int) -> float:
+        if self._rank == 1 and not slept:
+            slept.append(other)
+            while not self._comm.Iprobe(other, wire._STOP):
+                time.sleep(0.01)
+        return once(self, other)
+
+    monkeypatch.setattr(wire.Wire, "_ping", sleeps)
+    status = flight(runtime, "--json", "--save", "costs.json")
+    told = capsys.readouterr()
+    (partner, *_) = runtime.bcast(slept, 1) if runtime.size > 1 else [None]
+    if partner is None:
+        assert status == 0
+        return
+    assert status == 4
+    here = runtime.topology.names[runtime.topology.node_of(runtime.rank)]
+    if runtime.rank == partner:
+        assert f"nothing has come from rank 1 to rank {partner} for " in told.err
+        assert f"rank {partner} is on {here}" in told.err
+    if runtime.rank == 0:
+        found = json.loads(told.out)
+        node = runtime.topology.node_of(1)
+        assert found["wrong"] == [runtime.topology.names[node]] == found["exclude"]
+        faults = [fault for level in found["levels"].values() for fault in level["faults"]]
+        assert {(fault["sender"], fault["receiver"]) for fault in faults} == {(1, partner)}
+        assert any(fault["late"] for fault in faults)
+        assert "not saved" in found["saved"]
 
 
 def test_no_time_leaves_turns_out_and_says_so(

@@ -3,6 +3,9 @@
 Everything lives in a folder of its own and listens on free ports of 127.0.0.1, so that it disturbs
 no Slurm that the machine may have. Each node has a host name of its own (a UTS namespace), so that
 jobs see several hosts. Needs root; SLURM_CONF in ``environment()`` leads the commands here.
+
+As a command it is what cleans up should pytest be killed: it reads marks of processes, one a line,
+until whoever started it is gone, then ends those processes and removes the folder it was given.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -81,13 +84,23 @@ class SlurmCluster:
         self._cpus = cpus
         self.mark = uuid.uuid4().hex
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self._jobs: list[str] = []
+        self._marks: list[str] = []
+        self._cleaner: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> SlurmCluster:
         # Short, since it holds a socket; open to all, as munged wants its folder.
         self.folder = Path(tempfile.mkdtemp(prefix="hpcsync-slurm-"))
         self.folder.chmod(0o755)
         try:
+            self._cleaner = subprocess.Popen(
+                [sys.executable, "-m", "tests.slurm.cluster", str(self.folder)],
+                env=launcher.environment(),
+                cwd=launcher.ROOT,
+                stdin=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            self._note(self.mark)
             self._start()
         except BaseException:
             self._stop()
@@ -137,7 +150,7 @@ class SlurmCluster:
     def submit(self, *words: str, cwd: Path, env: Mapping[str, str] | None = None) -> Submitted:
         """``sbatch WORDS`` in a folder."""
         mark = uuid.uuid4().hex
-        self._jobs.append(mark)
+        self._note(mark)
         told = self.command(
             "sbatch", "--parsable", *words, env={**(env or {}), launcher.MARK: mark}, cwd=cwd
         )
@@ -156,6 +169,14 @@ class SlurmCluster:
                 return self.command(*words)
             time.sleep(1.0)
         return self.command(*words)
+
+    def _note(self, mark: str) -> None:
+        """Processes that carry ``mark`` are to be ended with the cluster."""
+        self._marks.append(mark)
+        assert self._cleaner is not None
+        assert self._cleaner.stdin is not None
+        self._cleaner.stdin.write(f"{mark}\n")
+        self._cleaner.stdin.flush()
 
     def wait_idle(self, timeout: float = START_S) -> None:
         """Until all nodes are up and free."""
@@ -227,7 +248,9 @@ class SlurmCluster:
     def _wait(self, ready: Callable[[], bool], timeout: float, what: str) -> None:
         until = time.monotonic() + timeout
         while not ready():
-            if time.monotonic() > until:
+            gone = [str(daemon.args) for daemon in self._daemons if daemon.poll() is not None]
+            if gone or time.monotonic() > until:
+                what = "; ".join([what, *(f"has ended: {each}" for each in gone)])
                 raise SlurmError(f"{what}\n{self.logs()}")
             time.sleep(0.1)
 
@@ -238,7 +261,8 @@ class SlurmCluster:
 
     def _stop(self) -> None:
         """End jobs, daemons, and whatever they have started."""
-        if (self.folder / "slurm.conf").exists():
+        alive = all(daemon.poll() is None for daemon in self._daemons)
+        if alive and (self.folder / "slurm.conf").exists():
             with suppress(SlurmError, subprocess.TimeoutExpired):
                 self.command("scancel", "--user=root")
                 self._wait(self._idle, _STOP_S, "jobs do not end")
@@ -248,18 +272,13 @@ class SlurmCluster:
         for daemon in self._daemons:
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(max(0.1, until - time.monotonic()))
-        while left := self._left():
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-        for daemon in self._daemons:
-            daemon.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _left(self) -> set[int]:
-        """Processes of the daemons and of the jobs."""
-        return {pid for mark in (self.mark, *self._jobs) for pid in launcher.processes(mark)}
+        _end(self._marks, self.folder)
+        for process in (*self._daemons, self._cleaner):
+            if process is not None:
+                if process.stdin is not None:
+                    process.stdin.close()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_S)
 
 
 class Submitted:
@@ -304,6 +323,19 @@ class Submitted:
         return facts
 
 
+def _end(marks: Iterable[str], folder: Path) -> None:
+    """End all processes that carry one of the marks, and remove the folder."""
+    until = time.monotonic() + _STOP_S
+    while left := {pid for mark in marks for pid in launcher.processes(mark)}:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _free_ports(count: int) -> list[int]:
     held = [socket.socket() for _ in range(count)]
     try:
@@ -313,3 +345,7 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for each in held:
             each.close()
+
+
+if __name__ == "__main__":
+    _end(sys.stdin.read().split(), Path(sys.argv[1]))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import launcher
 from tests.slurm.cluster import SlurmCluster
 
 
@@ -13,7 +14,10 @@ from tests.slurm.cluster import SlurmCluster
 def running() -> Iterator[SlurmCluster]:
     with SlurmCluster() as cluster:
         if "pmix" not in cluster.command("srun", "--mpi=list"):
-            pytest.skip("slurm: its PMIx plug-in finds no library: apt-get install libpmix-dev")
+            reason = "its PMIx plug-in finds no library: apt-get install libpmix-dev"
+            if launcher.needed("slurm"):
+                pytest.fail(f"HPCSYNC_NEED names slurm, but {reason}")
+            pytest.skip(f"slurm: {reason}")
         yield cluster
 
 

@@ -207,7 +207,10 @@ def test_scancel(site: Site, how: str) -> None:
     job.wait_for(steps(site.run(job), 2))
     site.cluster.command("scancel", str(job.number))
     assert job.wait()["JobState"] == "CANCELLED", job.describe()
-    if how == "srun":  # mpirun, told the same, does not wait for its ranks
+    # Written when the signal comes, since mpirun does not wait for its ranks.
+    summary = json.loads((site.run(job) / "summary.json").read_text())
+    assert summary["status"] == "interrupted", job.describe()
+    if how == "srun":
         assert "stopped by SIGTERM" in job.log(), job.describe()
     made = sorted((site.run(job) / "checkpoints").glob("step-*"))
     assert made or how == "mpirun"
@@ -328,9 +331,15 @@ def test_the_benchmark(site: Site) -> None:
 
 def test_preflight(site: Site) -> None:
     job = site.cluster.submit(
-        *("--nodes=2", "--ntasks-per-node=1", str(SCRIPTS / "preflight.sh")), cwd=site.folder
+        # Its nodes share a machine, whose noise is no slow node.
+        *("--nodes=2", "--ntasks-per-node=1", str(SCRIPTS / "preflight.sh"), "--slow", "0.001"),
+        cwd=site.folder,
     )
     facts = job.wait()
-    assert facts["JobState"] in ("COMPLETED", "FAILED"), job.describe()
-    assert "node1" in job.log(), job.describe()
-    assert "node2" in job.log(), job.describe()
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), job.describe()
+    log = job.log()
+    for text in ("2 ranks on 2 nodes", "node1", "node2", ", none wrong", "no node is named"):
+        assert text in log, job.describe()
+    for text in ("FAILED", "wrong:", "slow:"):
+        assert text not in log, job.describe()
+    assert (site.folder / "hpcsync-costs.json").exists()

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from hpcsync.doctor import checks, children, oldest, report, software
+from hpcsync.doctor.__main__ import main as doctor_main
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
+from hpcsync.doctor.command import make_parser
 from hpcsync.doctor.facts import gather, numbers
 from hpcsync.doctor.place import Place, alone
 from hpcsync.doctor.probes import world
@@ -89,6 +91,11 @@ def test_it_starts_light(words: list[str]) -> None:
         (["run.dri=x"], "did you mean"),
         (["nowhere.toml"], "nowhere.toml"),
         (["--limit", "soon"], "--limit"),
+        (["--limit", "0"], "--limit"),
+        (["--limit", "-1"], "--limit"),
+        (["--limit", "nan"], "--limit"),
+        (["--limit", "inf"], "--limit"),
+        (["--only", ","], "--only: names no check"),
     ],
 )
 def test_what_cannot_be_understood(words: list[str], told: str) -> None:
@@ -277,6 +284,24 @@ def test_old_python_without_a_checkout_or_a_newer_one(tmp_path: Path) -> None:
     assert "uv python install" in oldest.complaint((3, 9, 2), "/nowhere", "/nowhere")[1]
 
 
+def test_old_python_reports_as_json_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(oldest, "complaint", lambda *_: ("too old", "newer"))
+    for name in oldest._RANKS:
+        monkeypatch.delenv(name, raising=False)
+    assert doctor_main(["--json", "--only", "shm"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    entries = report.merge([(0, told["where"], fail("python.old", "too old", "newer"))], ())
+    whole = report.Report(where=told["where"], entries=entries, ranks=1, heard=1)
+    assert told == json.loads(report.document(whole))
+    assert doctor_main([]) == 1
+    assert capsys.readouterr().out.startswith("  FAIL  python  too old\n")
+    monkeypatch.setenv("PMI_RANK", "1")
+    assert doctor_main(["--json"]) == 1
+    assert not capsys.readouterr().out
+
+
 def test_a_python_that_takes_no_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian's own says so beside its library, and pip may be missing."""
     bin_ = System(python="/usr/bin/python3", takes_packages=False).pip("rich")
@@ -316,19 +341,23 @@ def test_the_oldest_python_is_that_of_the_package() -> None:
 
 
 @provokes("shm.error")
-def test_a_check_that_fails_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(system: System) -> list[Finding]:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(checks, "CHECKS", (Check("shm", Scope.NODE, broken), checks.CHECKS[7]))
     (found,) = checks.mine(System(command=("doctor",)), ["shm"])
     assert found.status == Status.FAIL
-    assert found.why == "the check itself failed: RuntimeError: no luck"
-    words = found.fix.split()
-    assert words[:2] == ["doctor", "--only"]
-    names = words[2].split(",")
-    assert "shm" not in names
-    assert [each.status for each in checks.mine(System(), names)] == [Status.PASS]
+    assert found.why.startswith("the check itself failed: RuntimeError: no luck: a defect")
+    assert found.fix == "doctor --only shm --debug"
+    assert "Traceback" not in capsys.readouterr().err
+    options = make_parser().parse_args(found.fix.split()[1:])
+    assert list(checks.mine(System(debug=options.debug), [options.only]))
+    assert "in broken\n" in capsys.readouterr().err
+    # The others are made nevertheless.
+    assert [each.status for each in checks.mine(System(), ["limits"])] == [Status.PASS]
 
 
 def test_helper_follows_a_fix() -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import resource
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -157,7 +158,7 @@ def test_torch_on_a_slow_file_system(tmp_path: Path) -> None:
         return dataclasses.replace(mend, python=shutil.which("python", path=mend.env["PATH"]))
 
     try:
-        mended_here(software.torch, "torch.slow", here, fix="cp -a ", then=then)
+        mended_here(software.torch, "torch.slow", here, fix="cp -aT ", then=then)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 
@@ -276,6 +277,72 @@ def test_fixes_of_mpi_without_a_launcher_or_after_the_first_one(tmp_path: Path) 
     assert joined(limited, low, status=0).fix == "export MPICH_MAX_THREAD_SAFETY=multiple"
 
 
+DEBIAN = "lib/x86_64-linux-gnu"
+
+
+def with_mpirun(prefix: Path, program: str, *libraries: str) -> System:
+    """A fake of Debian's: mpirun is a link by way of /etc/alternatives."""
+    script(prefix / "bin", program, "echo")
+    (prefix / "bin" / "mpirun").symlink_to(prefix / "bin" / program)
+    for name in libraries:
+        path = prefix / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return system({"PATH": f"{prefix / 'bin'}:/usr/bin:/bin"}, user=1000)
+
+
+@pytest.mark.parametrize(
+    ("program", "own", "other"),
+    [
+        ("orterun", "libmpi.so.40", "libmpich.so.12"),
+        ("mpirun.openmpi", "libmpi.so.40", "libmpich.so.12"),
+        ("mpiexec.hydra", "libmpich.so.12", "libmpi.so.40"),
+    ],
+)
+@provokes("mpirun.other")
+def test_mpirun_of_debian(tmp_path: Path, program: str, own: str, other: str) -> None:
+    """Its libraries are in a folder of the architecture's, those of both MPIs in the same."""
+    here = with_mpirun(tmp_path / "usr", program, f"{DEBIAN}/{own}", f"{DEBIAN}/{other}")
+    right, wrong = (tmp_path / "usr" / DEBIAN / name for name in (own, other))
+    assert [each.code for each in mpi.launcher(here, str(right))] == ["mpirun"]
+    (found,) = mpi.launcher(here, str(wrong))
+    assert found.code == "mpirun.other"
+    assert str(right) in found.why
+
+
+@provokes("mpirun.unknown")
+def test_mpirun_whose_library_is_unknown(tmp_path: Path) -> None:
+    """A wrapper of the site's; the fix starts ranks by it, which the doctor then looks at."""
+    here = with_mpirun(tmp_path / "usr", "wrapper")
+    here = dataclasses.replace(here, command=("env",))
+    start = 'shift 2; OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=2 exec "$@"'
+    script(tmp_path / "usr" / "bin", "wrapper", start)
+    loaded = files(tmp_path, mine__libmpi_so_40="") / "mine" / "libmpi_so_40"
+    (found,) = mpi.launcher(here, str(loaded))
+    assert (found.code, found.status) == ("mpirun.unknown", Status.WARN)
+    assert "not compared" in found.why
+    done = here.call("sh", "-c", found.fix)
+    env = dict(line.split("=", 1) for line in done.out.splitlines() if "=" in line)
+    (after,) = mpi.launcher(dataclasses.replace(here, env=env), str(loaded))
+    assert after.status == Status.PASS
+    both = with_mpirun(tmp_path / "both", "x", "lib/libmpi.so.40", "lib/libmpich.so.12")
+    assert [each.code for each in mpi.launcher(both, str(loaded))] == ["mpirun.unknown"]
+    (found,) = mpi.launcher(both, "")
+    assert "not compared" in found.why
+
+
+@provokes("mpi.login")
+def test_mpi_that_does_not_start_on_a_login_node(cluster: Cluster, tmp_path: Path) -> None:
+    here = cluster(["pmi2", "pmix"])
+    stage = '{"stage": "loading MPI"}'
+    for status in (None, -11, 1):
+        found = joined(here, stage, status=status)
+        assert (found.code, found.status) == ("mpi.login", Status.WARN)
+        assert found.fix == "srun --mpi=pmix -n 1 doctor"
+    in_job = dataclasses.replace(here, env={**here.env, "SLURM_JOB_ID": "7"})
+    assert joined(in_job, stage, status=None).code == "mpi.stuck"
+
+
 # --- the machine --------------------------------------------------------------------------------
 
 
@@ -286,7 +353,9 @@ def test_slow_clock(tmp_path: Path) -> None:
         sys__devices__system__clocksource__clocksource0__current_clocksource="hpet\n",
         sys__devices__system__clocksource__clocksource0__available_clocksource="tsc hpet acpi_pm\n",
     )
-    mended_here(machine.clock, "clock.slow", system(root=root), fix="echo tsc > ")
+    (of_user,) = machine.clock(system(root=root, user=1000))
+    assert of_user.fix.startswith("echo tsc | sudo tee ")
+    mended_here(machine.clock, "clock.slow", system(root=root, user=0), fix="echo tsc | tee ")
 
 
 @pytest.mark.parametrize("available", ["", "hpet acpi_pm"])
@@ -297,18 +366,30 @@ def test_a_slow_clock_that_cannot_be_helped(tmp_path: Path, available: str) -> N
     assert [each.status for each in machine.clock(system(root=tmp_path))] == [Status.PASS]
 
 
+@pytest.mark.parametrize("job", [False, True])
 @provokes("hosts.unresolved")
-def test_host_without_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_without_an_address(tmp_path: Path, job: bool) -> None:
     """A resolver of our own, in place of that which reads /etc/hosts."""
     hosts = files(tmp_path, etc__hosts="127.0.0.1 localhost\n") / "etc" / "hosts"
     python = script(tmp_path, "python", f'grep -q -w -- "$3" {hosts}')
-    here = system(python=str(python))
+    here = system(python=str(python), user=0)
 
     def in_root(checked: System) -> Sequence[Finding]:
         found = machine.host(checked)
         return [dataclasses.replace(e, fix=e.fix.replace("/etc/hosts", str(hosts))) for e in found]
 
-    mended_here(in_root, "hosts.unresolved", here, fix="echo 127.0.1.1 ")
+    if job:  # where the loop would mislead other nodes
+        name = socket.gethostname()
+        script(
+            tmp_path / "bin", "hostname", f'[ "$1" = -I ] && echo 10.0.0.7 fd00::7 || echo {name}'
+        )
+        env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        here = system({**env, "SLURM_JOB_ID": "7"}, python=str(python))
+    found = mended_here(in_root, "hosts.unresolved", here)
+    assert hosts.read_text().splitlines()[1].split()[0] == ("10.0.0.7" if job else "127.0.1.1")
+    assert "sudo" not in found.fix
+    (of_user,) = machine.host(dataclasses.replace(here, user=1000, python="/bin/false"))
+    assert of_user.fix.endswith(" | sudo tee -a /etc/hosts")
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -356,8 +437,9 @@ def test_memory_that_infiniband_may_not_pin(
 
 
 @pytest.mark.usefixtures("mpi")
+@pytest.mark.parametrize("slurm_job", [False, True])
 @provokes("environment.network")
-def test_environment_on_nfs(tmp_path: Path) -> None:
+def test_environment_on_nfs(tmp_path: Path, slurm_job: bool) -> None:
     mounts = f"{MOUNTS}24 21 0:42 / {tmp_path}/home rw - nfs4 server:/home rw\n"
     root = files(tmp_path / "root", proc__self__mountinfo=mounts)
     prefix = tmp_path / "home" / f"environment-{uuid.uuid4().hex[:8]}"
@@ -378,7 +460,13 @@ def test_environment_on_nfs(tmp_path: Path) -> None:
     try:
         env = {**system().env, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         here = dataclasses.replace(here, env=env)
-        fix = "mpirun --map-by ppr:1:node cp -a "
+        fix = "mpirun --map-by ppr:1:node cp -aT "
+        if slurm_job:
+            srun = '[ "$1 $2 $3 $4" = "-N 2 -n 2" ] && shift 4 && exec "$@"'
+            script(tmp_path / "bin", "srun", srun)
+            env = {**env, "PATH": f"{tmp_path / 'bin'}:{env['PATH']}"}
+            here = dataclasses.replace(here, env={**env, "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"})
+            fix = "srun -N $SLURM_NNODES -n $SLURM_NNODES cp -aT "
         mended_here(outside_the_job, "environment.network", here, fix=fix, then=then)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
@@ -650,9 +738,12 @@ def test_srun_without_plugins(cluster: Cluster) -> None:
 
 @provokes("slurm.silent")
 def test_controller_that_does_not_answer(cluster: Cluster, tmp_path: Path) -> None:
-    here = cluster(["pmix"], "pmix")
+    here = dataclasses.replace(cluster(["pmix"], "pmix"), user=0)
     (tmp_path / "slurm" / "down").touch()
     found = mended_here(slurm, "slurm.silent", here, fix="systemctl restart ")
+    (tmp_path / "slurm" / "down").touch()
+    (of_user,) = slurm(dataclasses.replace(here, user=1000))
+    assert of_user.fix.startswith("sudo systemctl restart ")
     assert "Unable to contact slurm controller" in found.why
 
 
@@ -782,7 +873,25 @@ def test_fewer_ranks_on_several_hosts() -> None:
     two = {"cores": range(2), "around": range(2)}
     every = [rank(each, "ab"[each // 4], **two) for each in range(8)]
     found = compared(dataclasses.replace(system(), env=job), every)["cores.crowded"]
-    assert found.fix == "srun -n 4 --ntasks-per-node=2 doctor"
+    assert found.fix == "srun --mpi=pmix -n 4 --ntasks-per-node=2 doctor"
+
+
+@pytest.mark.parametrize(
+    ("listed", "kind"),
+    [(["pmi2", "pmix", "pmix_v4"], "pmix"), (["cray_shasta", "pmi2"], "cray_shasta"), ([], "pmix")],
+)
+def test_srun_in_fixes_keeps_its_plugin(cluster: Cluster, listed: list[str], kind: str) -> None:
+    job = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7"}
+    every = [rank(0, "a"), rank(1, "a"), rank(2, "a"), rank(3, "b")]
+    found = compared(cluster(listed, **job), every)["nodes.uneven"]
+    assert found.fix == f"srun --mpi={kind} -n 4 --ntasks-per-node=2 doctor"
+
+
+def test_ranks_of_mpich_are_spread_as_it_knows() -> None:
+    job = {"PMI_RANK": "0", "PMI_SIZE": "4"}
+    every = [rank(0, "a"), rank(1, "a"), rank(2, "a"), rank(3, "b")]
+    found = compared(dataclasses.replace(system(), env=job), every)["nodes.uneven"]
+    assert found.fix == "mpiexec -n 4 -ppn 2 doctor"
 
 
 @pytest.mark.parametrize(

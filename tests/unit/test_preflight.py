@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hpcsync.collectives import saved_costs
 from hpcsync.collectives.costs import LinkCost
-from hpcsync.errors import UserError
-from hpcsync.preflight import judge, report, turns
+from hpcsync.errors import CollectiveTimeout, UserError
+from hpcsync.preflight import __main__, judge, report, turns
 from hpcsync.preflight.compute import Bench, Rates, Size, device_of
 from hpcsync.preflight.options import parse
 from hpcsync.preflight.survey import Level, PairFound
@@ -35,6 +39,7 @@ def rates(topology: Topology, **slow: float) -> list[Rates]:
             10e9 * slow.get(f"memory{rank}", 1.0),
             int(slow.get(f"wrong{rank}", 0)),
             "cpu",
+            int(slow.get(f"sum{rank}", 7)),
         )
         for rank in range(topology.size)
     ]
@@ -56,7 +61,7 @@ def linked(topology: Topology, slow: dict[int, float] | None = None, wait_s: flo
 
 def found(topology: Topology, level: Level, **slow: float) -> report.Result:
     """A result as the command makes it."""
-    each = rates(topology, **slow)
+    each = judge.odd_products(rates(topology, **slow))
     levels = {"node": Level(), "rail": level}
     nodes = judge.nodes_of(topology, topology.names, each, *levels.values())
     faults = level.faults
@@ -70,8 +75,7 @@ def found(topology: Topology, level: Level, **slow: float) -> report.Result:
         slow=judge.slow_nodes(nodes, 0.8),
         slow_pairs=judge.slow_pairs(topology, level, 0.8),
         wrong=judge.wrong_nodes(topology, faults, each),
-        wrong_products=sum(one.wrong for one in each),
-        saved="costs of links: not saved, as --save says",
+        rates=each,
     )
 
 
@@ -191,6 +195,28 @@ def test_both_ends_are_named_where_one_transfer_was_wrong() -> None:
     assert found(topology, level).named == ["node000", "node003"]
 
 
+def test_a_transfer_that_did_not_come_names_its_ends() -> None:
+    topology = cluster(4)
+    level = linked(topology)
+    level.faults = [Fault(3, 0, 0, 0, 0, stalled_s=30.0), Fault(0, 3, 0, 0, 0, stalled_s=30.0)]
+    result = found(topology, level)
+    assert result.named == ["node000", "node003"]
+    assert "rank 3 (node003) to rank 0 (node000): nothing came for 30 s" in report.as_text(result)
+    level.faults.append(Fault(3, 0, 0, 0, 0, stalled_s=30.0, late=True))
+    result = found(topology, level)
+    assert result.named == ["node003"], "who stood still is known"
+    assert "nothing came for 30 s, and the sender stood still" in report.as_text(result)
+
+
+def test_a_level_where_nothing_came_is_told() -> None:
+    level = Level(faults=[Fault(1, 0, 0, 0, 0, stalled_s=30.0)])
+    result = found(cluster(2), level)
+    told = json.loads(report.as_json(result))["levels"]["rail"]
+    assert told["rate"] is None
+    assert len(told["faults"]) == 1
+    assert "nothing came for 30 s" in report.as_text(result)
+
+
 def test_a_wrong_product_is_named() -> None:
     result = found(cluster(3), linked(cluster(3)), wrong2=1)
     assert result.named == ["node002"]
@@ -206,7 +232,32 @@ def test_the_better_of_two_looks_counts_and_every_fault() -> None:
     assert len(level.faults) == 1
     assert level.transfers == 2 * transfers
     first, second = rates(cluster(1), product0=0.5)[0], rates(cluster(1), memory0=0.5)[0]
-    assert first.better(second) == Rates(100e9, 10e9, 0, "cpu")
+    assert first.better(second) == Rates(100e9, 10e9, 0, "cpu", 7)
+    assert first.better(replace(second, checksum=8)).wrong == 1
+
+
+def test_a_product_that_is_always_wrong_in_the_same_way_is_named() -> None:
+    topology = cluster(3, 2)
+    result = found(topology, linked(topology), sum3=8)
+    assert result.named == ["node001"]
+    assert "wrong: 1 matrix products were not the same (node001)" in report.as_text(result)
+    each = rates(topology, sum3=8)
+    each[3] = replace(each[3], device="cuda:1")
+    assert not any(one.wrong for one in judge.odd_products(each)), "a kind of its own"
+
+
+def test_without_a_majority_no_product_is_trusted() -> None:
+    two = judge.odd_products(rates(cluster(2), sum1=8))
+    assert [one.wrong for one in two] == [1, 1]
+
+
+def test_nodes_with_other_numbers_of_ranks_are_not_compared() -> None:
+    """Two ranks share what one has elsewhere."""
+    topology = Topology.group(["a", "a", "b", "c", "d"])
+    half = {"product0": 0.5, "product1": 0.5, "memory0": 0.5, "memory1": 0.5}
+    assert found(topology, linked(topology), **half).named == []
+    assert found(topology, linked(topology), **half, product3=0.5).named == ["c"]
+    assert found(topology, linked(topology, {0: 0.5})).named == ["a"], "links are compared"
 
 
 # -- telling -------------------------------------------------------------------------------
@@ -224,6 +275,11 @@ def test_json_holds_what_the_text_tells() -> None:
     topology = cluster(3, 2)
     told = json.loads(report.as_json(found(topology, linked(topology, {2: 0.3}))))
     assert told["exclude"] == ["node002"]
+    assert [(rank["rank"], rank["node"]) for rank in told["ranks"]][2:4] == [
+        (2, "node001"),
+        (3, "node001"),
+    ]
+    assert told["ranks"][5]["product"] == 100e9
     assert [node["name"] for node in told["nodes"]] == ["node000", "node001", "node002"]
     (slow,) = told["slow"]
     assert (slow["name"], slow["what"]) == ("node002", "link")
@@ -245,6 +301,61 @@ def test_json_holds_what_the_text_tells() -> None:
 def test_wrong_options_are_one_line(words: list[str], text: str) -> None:
     with pytest.raises(UserError, match=text):
         parse(words)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+class Alone:
+    """A job of one rank that notes the limit under which it waits for all."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology, self.rank, self.timeout_s = topology, 0, 300.0
+        self.limits: list[float] = []
+
+    def barrier(self) -> None:
+        self.limits.append(self.timeout_s)
+
+
+def test_imports_have_a_limit_of_their_own_and_a_failed_write_comes_behind_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    topology = cluster(3)
+    monkeypatch.setattr(__main__, "_measure", lambda *_: found(topology, linked(topology)))
+    job: Any = Alone(topology)
+    options = parse(["--timeout", "7", "--threads", "0", "--save", str(tmp_path)])
+    assert __main__.preflight(job, options) == 0
+    assert (job.limits, job.timeout_s) == ([300.0], 7.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("hpcsync ")
+    assert lines[-1] == f"costs of links: not saved: {tmp_path}: Is a directory"
+
+
+def test_a_level_measured_as_nothing_is_not_saved(tmp_path: Path) -> None:
+    topology, path = cluster(3, 2), tmp_path / "costs.json"
+    result = found(topology, linked(topology))
+    options = parse(["--save", str(path)])
+    job: Any = Alone(topology)
+    result.levels["node"].together = LinkCost(0.0, 1e-10)
+    assert "saved in" in __main__._save(job, options, result)
+    kept = saved_costs.read(path)
+    assert kept is not None
+    assert set(kept.levels) == {"rail"}
+    path.unlink()
+    result.levels["rail"].together = LinkCost(1e-6, 0.0)
+    assert "measured as nothing" in __main__._save(job, options, result)
+    assert not path.exists()
+
+
+def test_an_error_is_an_object_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    job: Any = Alone(cluster(1))
+    with pytest.raises(CollectiveTimeout), __main__._told(job, True):
+        raise CollectiveTimeout("a rank is missing")
+    assert json.loads(capsys.readouterr().out) == {"error": "a rank is missing"}
+    job.rank = 1
+    with pytest.raises(CollectiveTimeout), __main__._told(job, True):
+        raise CollectiveTimeout("a rank is missing")
+    assert capsys.readouterr().out == ""
 
 
 # -- computing -----------------------------------------------------------------------------

@@ -126,6 +126,16 @@ def test_intel_mpi_does_not_bind_what_srun_has_bound(fakes: Path) -> None:
     assert "I_MPI_PIN" not in shell(fakes, script + by.format("mpirun"))
 
 
+def test_ranks_get_the_environment_of_the_script(fakes: Path) -> None:
+    """Also under `sbatch --export=NONE`, of which srun hears by this variable."""
+    steps = "load_environment lay_out find_python find_site choose_launcher"
+    script = f'for step in {steps}; do eval "$step() {{ :; }}"; done; '
+    values = "ranks=1 nodes=1 cpus=1 threads=3 how=x mpi=y; "
+    found = shell(fakes, f"{script}{values}prepare ''; env", SLURM_EXPORT_ENV="NONE").splitlines()
+    assert "SLURM_EXPORT_ENV=ALL" in found
+    assert "OMP_NUM_THREADS=3" in found or "OMP_NUM_THREADS" in os.environ
+
+
 def test_a_folder_for_temporary_files_that_is_not_there(fakes: Path) -> None:
     told = shell(fakes, 'echo "$scratch $TMPDIR"', TMPDIR=str(fakes / "missing"))
     assert re.fullmatch(r"/tmp/\S+ /tmp\n", told)
@@ -391,6 +401,6 @@ def test_the_status_of_the_program_is_told_whatever_comes_between(fakes: Path) -
 def test_term_is_passed_on(fakes: Path) -> None:
     (fakes / "program.py").write_text(PROGRAM.replace("SIGUSR2", "SIGTERM").replace("75", "143"))
     signals = "(until [[ -e ready ]]; do sleep 0.05; done; kill -TERM $$) & "
-    go = f"supervise {sys.executable} program.py; echo status $?"
+    go = f"supervise {sys.executable} program.py; echo status $? $told_to_end"
     told = shell(fakes, f"cd {fakes}; launcher=(env); {signals} {go}")
-    assert told == "status 143\n"
+    assert told == "status 143 1\n"

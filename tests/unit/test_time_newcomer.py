@@ -36,6 +36,17 @@ def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
         time_newcomer.start(tmp_path, "sh -c 'echo wrong; exit 2'", dict(os.environ))
 
 
+@pytest.mark.parametrize(
+    "says",
+    ["", "while true; do echo x; sleep 0.1; done;", "(trap : TERM; while :; do sleep 1; done) &"],
+)
+def test_one_that_never_gets_there_is_stopped(tmp_path: Path, says: str) -> None:
+    command = f"sh -c 'echo $$ > pid; {says} sleep 1000'"
+    with pytest.raises(RuntimeError, match="no step of training"):
+        time_newcomer.start(tmp_path, command, dict(os.environ), limit_s=1.0)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
 def test_the_newcomer_has_no_environment_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
