@@ -167,7 +167,8 @@ def bandwidths(runs: Sequence[Run], rate: str) -> list[list[str]]:
     most = parse_rate(rate) / 8 * PAYLOAD
     if not runs or not most:
         return []
-    pairs = [each.found["levels"]["rail"]["rate"] / most for each in runs]
+    found = [each.found["levels"]["rail"]["rate"] for each in runs]
+    pairs = [value / most for value in found if value is not None]  # None: nothing came
     together = [
         1 / each.found["levels"]["rail"]["all_ranks"]["wire_s"] / most
         for each in runs

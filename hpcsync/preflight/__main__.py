@@ -12,17 +12,19 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from .. import launch
 from ..collectives import saved_costs
 from ..config import TopologyConfig
-from ..errors import UserError
+from ..errors import HpcsyncError, UserError
 from ..launch import AgreedError
 from ..runtime import Runtime
 from .options import parse
@@ -55,13 +57,22 @@ def command(argv: Sequence[str]) -> int:
 @contextlib.contextmanager
 def _told(job: Runtime, as_json: bool) -> Iterator[None]:
     """Programs that read an object get one in any case, if rank 0 lives to tell."""
+    if not as_json or job.rank:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _ended)
     try:
         yield
     except Exception as error:
-        if as_json and job.rank == 0:
-            text = str(error) or type(error).__name__
-            print(json.dumps({"error": text}), flush=True)
+        print(json.dumps({"error": str(error) or type(error).__name__}), flush=True)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _ended(number: int, _: FrameType | None) -> None:
+    """Launchers send it to all ranks when one has died."""
+    raise HpcsyncError(f"preflight: ended by signal {number}: a rank died, or the job was stopped")
 
 
 def _read(job: Runtime, argv: Sequence[str]) -> argparse.Namespace:

@@ -11,10 +11,10 @@ from tests import launcher
 
 pytestmark = [pytest.mark.usefixtures("mpi"), pytest.mark.timeout(400)]
 
-# The command, in which rank 1 sleeps at its first exchange: until its partner gives it up, or for
-# ever.
+# The command, in which rank 1 sleeps at its first exchange, until its partner gives it up or for
+# ever, or dies.
 SLEEPS = """
-import sys, time
+import os, signal, sys, time
 from hpcsync.preflight import wire
 from hpcsync.preflight.__main__ import main
 
@@ -23,6 +23,8 @@ once = wire.Wire._greet
 def sleeps(self, other):
     if self._rank == 1:
         wire.Wire._greet = once
+        if sys.argv[1] == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
         while sys.argv[1] == "ever" or not self._comm.Iprobe(other, wire._STOP):
             time.sleep(0.01)
     return once(self, other)
@@ -57,3 +59,10 @@ def test_a_rank_that_never_comes_back_is_told_and_ends_the_job() -> None:
     assert "from rank 1 to rank " in first
     assert "rank 1 is on " in first
     assert "a rank is missing" in json.loads(found.stdout)["error"]
+
+
+def test_a_rank_that_dies_is_an_error_for_programs() -> None:
+    found = outcome("dies")
+    found.assert_clean()
+    assert found.status not in (0, 4), found.describe()
+    assert "a rank died" in json.loads(found.stdout)["error"]
