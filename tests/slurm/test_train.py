@@ -329,6 +329,37 @@ def test_the_benchmark(site: Site) -> None:
     assert "busbw" in job.log()
 
 
+# Python runs it at its start: on one node each copy in memory is done eight times.
+SLOWED = """
+import socket, sys
+if socket.gethostname() == "node2" and "hpcsync.preflight" in sys.orig_argv:
+    from hpcsync.preflight import compute
+    once = compute.Bench._copy
+    compute.Bench._copy = lambda bench: [once(bench) for _ in range(8)][0]
+"""
+
+
+def test_preflight_names_the_slowed_node(site: Site) -> None:
+    path = site.folder / "slowed"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(SLOWED)
+    job = site.cluster.submit(
+        *("--nodes=3", "--ntasks-per-node=1", str(SCRIPTS / "preflight.sh"), "--slow", "0.4"),
+        cwd=site.folder,
+        env={"PYTHONPATH": os.pathsep.join([str(path), str(launcher.ROOT)])},
+    )
+    facts = job.wait()
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "4:0"), job.describe()
+    log = job.log()
+    assert "slow: node2: memory" in log, job.describe()
+    (line,) = [line for line in log.splitlines() if line.startswith("--exclude=")]
+    assert "node2" in line.partition("=")[2].split(","), job.describe()
+    # Its words are Slurm's: the next job goes without that node.
+    again = site.cluster.submit("--nodes=1", line, "--wrap=hostname", cwd=site.folder)
+    again.wait()
+    assert again.log().strip() != "node2"
+
+
 def test_preflight(site: Site) -> None:
     job = site.cluster.submit(
         # Its nodes share a machine, whose noise is no slow node.
