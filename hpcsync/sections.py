@@ -235,8 +235,8 @@ class CommConfig:
     )
     costs: str = key(
         "hpcsync-costs.json",
-        "Where `python -m hpcsync.preflight` saved what links cost. compress.codec=auto takes it in "
-        "place of a probe of its own where it fits the job, and says so. Empty: never.",
+        "Where `python -m hpcsync.preflight` saved what links cost. compress.codec=auto takes it "
+        "in place of a probe of its own where it fits the job, and says so. Empty: never.",
     )
 
 
