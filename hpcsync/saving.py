@@ -104,7 +104,8 @@ class Saving:
                 else:
                     log.rename(fresh)
             else:
-                saver.require()
+                # Until it is whole no log can be followed, and a kill would cost all steps.
+                saver.require(whole=True)
         elif runtime.local_rank == 0:
             # It may be of steps that this run takes in another way.
             shutil.rmtree(folder / folders.FOLDER / REPLAY, ignore_errors=True)

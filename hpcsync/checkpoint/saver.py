@@ -107,7 +107,7 @@ class Saver:
         self._writing: deque[_Save] = deque()
         self._publishing: deque[_Save] = deque()
         self._heard = [0.0] * self.NUMBERS
-        self._due = self._stop = self._crowded = False
+        self._due = self._stop = self._crowded = self._awaited = False
         self._last_step, self._good_step, self._ended_step = saved_step, saved_step, -1
         self.asked = False
         self.log: StepLog | None = None
@@ -125,9 +125,13 @@ class Saver:
         """Save at the next step boundary; any rank may, at any time."""
         self.asked = True
 
-    def require(self) -> None:
-        """Save at the next step boundary; to be called on all ranks."""
-        self._due = True
+    def require(self, *, whole: bool = False) -> None:
+        """Save at the next step boundary; to be called on all ranks.
+
+        Args:
+            whole: do not go on before it is known to be on disk, or to have failed.
+        """
+        self._due, self._awaited = True, whole
 
     def offer(self, step: int | None = None) -> list[float]:
         """What this rank has to say, to be added over all ranks.
@@ -167,7 +171,8 @@ class Saver:
             self._take(step)
         elif step == self._last_step:
             self._due = False
-        if not self._config.async_:
+        if self._awaited or not self._config.async_:
+            self._awaited = False
             self.drain()
         return (now() - start) / 1e9
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -607,6 +608,28 @@ def test_a_slow_disk_holds_up_nobody(
         for number in (1, 2, 7):
             with checkpoint.open(folder / "checkpoints" / f"step-{number:08d}") as found:
                 assert bool((found.common()["w"] == number).all())
+
+
+def test_no_step_is_made_before_a_log_has_its_base(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the first steps would cost all of them while the first checkpoint is written."""
+    write, engine_step = PartWriter.write, Engine.step
+    there: list[bool] = []
+
+    def slowly(*arguments: Any) -> Part:
+        time.sleep(0.3)
+        return write(*arguments)
+
+    def step_(engine: Engine, batches: Any) -> Any:
+        there.append((folder / "made" / "checkpoints" / "latest").exists())
+        return engine_step(engine, batches)
+
+    monkeypatch.setattr(PartWriter, "write", slowly)
+    monkeypatch.setattr(Engine, "step", step_)
+    words = ("checkpoint.replay_log=true", "train.steps=3", "--out", str(folder / "made"))
+    assert run(*words) == 0
+    assert there == [True] * 3
 
 
 def test_the_folder_of_checkpoints_may_vanish(folder: Path, make: Callable[..., Job]) -> None:
