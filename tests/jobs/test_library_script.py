@@ -183,7 +183,7 @@ def test_all_that_a_script_may_call(tmp_path: Path) -> None:
     ],
 )
 def test_what_needs_no_mpi_is_told_once(words: list[str], status: int, said: str) -> None:
-    outcome = launcher.run(4, "-m", "hpcsync.train", *words, timeout=60)
+    outcome = launcher.run(4, "-m", "hpcsync.train", *words)
     outcome.assert_clean()
     assert outcome.status == status, outcome.describe()
     assert sum(line.startswith(said) for line in outcome.text.splitlines()) == 1, outcome.describe()
