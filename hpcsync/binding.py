@@ -36,13 +36,16 @@ class Place:
     device: str = ""
 
 
+def own_cores() -> frozenset[int]:
+    """Those that this process may use, as far as the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
 def here(device: torch.device | None) -> Place:
     """The place of this process, which computes on ``device``: the host's processor if None."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = frozenset(os.sched_getaffinity(0))
-    else:
-        cores = frozenset(range(os.cpu_count() or 1))
-    return Place(cores, _device_name(device) if device is not None else "")
+    return Place(own_cores(), _device_name(device) if device is not None else "")
 
 
 def _device_name(device: torch.device) -> str:

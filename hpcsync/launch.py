@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from .binding import own_cores
 from .config import TopologyConfig
 from .errors import HpcsyncError, LaunchError, UserError
 from .runtime import AgreedError as AgreedError
@@ -69,13 +70,6 @@ def crowding_of(cores: Sequence[frozenset[int]], quota: float | None = None) -> 
     """
     together: frozenset[int] = frozenset().union(*cores)
     return len(cores) / max(min(len(together), container_quota() if quota is None else quota), 1)
-
-
-def own_cores() -> frozenset[int]:
-    """Those that this process may use, as far as the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))
 
 
 def machine() -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from .. import __version__
-from ..launch import container_quota, machine, own_cores
+from ..binding import own_cores
+from ..launch import container_quota, machine
 from .base import System
 
 _COMPARED = ("torch", "mpi4py", "numpy", "h5py")
