@@ -134,7 +134,7 @@ struct Job {
 
 // x, the values of block b, to coefficients h; returns their extreme.
 template <bool FEEDBACK>
-INLINE float rotate_block(const float *x, const Job &job, size_t b, float *h) {
+BODY float rotate_block(const float *x, const Job &job, size_t b, float *h) {
     Vector v[REGISTERS];
     butterfly(x, 0.00390625f, v);
     if constexpr (FEEDBACK) {
@@ -181,7 +181,7 @@ enum class Lost { DROPPED, KEPT, WRITTEN };
 // `soon` is 256 values that will be needed: asked for one line after the other, as all at once
 // would stop the stores.
 template <bool STOCHASTIC, Lost LOST>
-INLINE void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t b,
+BODY void quantise_block(float *h, hpcsync_scale made, const Job &job, size_t b,
                            const float *soon, uint8_t *out) {
     const Vector inverse = splat(made.inverse), step = splat(-made.scale);
     const uint32_t first = (uint32_t)(b * BLOCK);
@@ -232,7 +232,7 @@ INLINE float average(float *lost, const Job &job, size_t b) {
 }
 
 // What block b lost, averaged with what its store holds, to the store.
-INLINE void keep_average(float *lost, const Job &job, size_t b) {
+BODY void keep_average(float *lost, const Job &job, size_t b) {
     const float bound = average(lost, job, b);
     Keeper keeper(bound, job, b);
     for (size_t four = 0; four < 4; ++four) {
@@ -240,42 +240,6 @@ INLINE void keep_average(float *lost, const Job &job, size_t b) {
         UNROLL for (size_t i = 0; i < 4 * PARTS; ++i)
             kept[i] = keeper.next(load(lost + 64 * four + i * LANES), i % PARTS);
         keep_rows(job.error + b * BLOCK + 64 * four, kept);
-    }
-}
-
-// Codes `count` whole blocks, block b from the 256 values that source(b) points to, into the piece
-// whose scales and payload begin there; done(b) is called when block b is. The source of a block is
-// asked for before the block before it is done: a scale is made while that one is quantised.
-template <bool STOCHASTIC, bool FEEDBACK, typename Source, typename Done>
-INLINE void encode_blocks(const float *x, const Job &job, size_t count, uint8_t *scales,
-                          uint8_t *payload, Source source, Done done) {
-    float h[2][BLOCK] __attribute__((aligned(64)));
-    hpcsync_scale made[2];
-    for (size_t next = 0; next <= count; ++next) {
-        if (next < count) {
-            const float extreme = rotate_block<FEEDBACK>(source(next), job, next, h[next % 2]);
-            made[next % 2] = hpcsync_int4_scale(extreme, STOCHASTIC);
-        }
-        if (next == 0) continue;
-        const size_t b = next - 1;
-        const hpcsync_scale scale = made[b % 2];
-        float *lost = h[b % 2];
-        const float *soon = x + (b + AHEAD) * BLOCK;
-        uint8_t *out = payload + b * (BLOCK / 2);
-        std::memcpy(scales + 4 * b, &scale.scale, 4);
-        if (hpcsync_finite(scale.scale)) {
-            if constexpr (!FEEDBACK) {
-                quantise_block<STOCHASTIC, Lost::DROPPED>(lost, scale, job, b, soon, out);
-            } else if (job.keep == 0.0f) {
-                quantise_block<STOCHASTIC, Lost::KEPT>(lost, scale, job, b, soon, out);
-            } else {
-                quantise_block<STOCHASTIC, Lost::WRITTEN>(lost, scale, job, b, soon, out);
-                keep_average(lost, job, b);
-            }
-        } else {
-            std::memset(out, HPCSYNC_INT4_ZERO * 17, BLOCK / 2);
-        }
-        done(b);
     }
 }
 
@@ -288,7 +252,7 @@ INLINE float load_scale(const uint8_t *from) {
 enum class Out { SET, ADDED, STREAMED };
 
 template <Out OUT>
-INLINE void decode_block(const uint8_t *packed, float scale, float *out) {
+BODY void decode_block(const uint8_t *packed, float scale, float *out) {
     Ints v[REGISTERS];
     integer_butterfly(packed, v);
     UNROLL for (size_t i = 0; i < REGISTERS; ++i) {
@@ -297,6 +261,11 @@ INLINE void decode_block(const uint8_t *packed, float scale, float *out) {
         if constexpr (OUT == Out::STREAMED) stream(to, value);
         else store(to, OUT == Out::ADDED ? load(to) + value : value);
     }
+}
+
+template <Out OUT>
+APART void decode_apart(const uint8_t *packed, float scale, float *out) {
+    decode_block<OUT>(packed, scale, out);
 }
 
 size_t blocks_of(size_t n) { return (n + BLOCK - 1) / BLOCK; }
@@ -322,60 +291,90 @@ void encode_end(const float *x, const Job &job, size_t n, bool stochastic, uint8
     std::memcpy(out + 4 * whole, &scale, 4);
 }
 
-template <bool STOCHASTIC, bool FEEDBACK>
-void encode_piece(const float *x, const Job &job, size_t n, uint8_t *out) {
-    const size_t whole = n / BLOCK;
-    uint8_t *payload = out + 4 * blocks_of(n);
-    const auto source = [x](size_t b) { return x + b * BLOCK; };
-    encode_blocks<STOCHASTIC, FEEDBACK>(x, job, whole, out, payload, source, [](size_t) {});
-    if (n % BLOCK) encode_end(x + whole * BLOCK, job, n, STOCHASTIC, out);
-}
+// What an owner codes: the mean of its own values and the other ranks' coded ones.
+struct Mean {
+    float *own;
+    size_t place;
+    const uint8_t *const *others;
+    size_t n_others, piece;
+    float divisor;
 
-// The sum over ranks of the n values of block b, divided, in `total`.
-INLINE void sum_block(const float *own, size_t place, const uint8_t *const *others,
-                      size_t n_others, size_t piece, size_t b, size_t n, float divisor,
-                      float *total) {
-    for (size_t rank = 0; rank <= n_others; ++rank) {
-        if (rank == place) {
-            for (size_t i = 0; i < n; ++i) total[i] = rank ? total[i] + own[i] : own[i];
-            continue;
+    // Of the n values of block b, in `total`.
+    APART void make(size_t b, size_t n, float *total) const {
+        const float *mine = own + b * BLOCK;
+        for (size_t rank = 0; rank <= n_others; ++rank) {
+            if (rank == place) {
+                for (size_t i = 0; i < n; ++i) total[i] = rank ? total[i] + mine[i] : mine[i];
+                continue;
+            }
+            const uint8_t *in = others[rank - (rank > place)];
+            const uint8_t *packed = in + 4 * blocks_of(piece) + b * (BLOCK / 2);
+            const float scale = load_scale(in + 4 * b);
+            if (n < BLOCK) hpcsync_int4_decode_end(packed, scale, (uint32_t)n, rank != 0, total);
+            else if (rank) decode_apart<Out::ADDED>(packed, scale, total);
+            else decode_apart<Out::SET>(packed, scale, total);
         }
-        const uint8_t *in = others[rank - (rank > place)];
-        const uint8_t *packed = in + 4 * blocks_of(piece) + b * (BLOCK / 2);
-        const float scale = load_scale(in + 4 * b);
-        if (n < BLOCK) hpcsync_int4_decode_end(packed, scale, (uint32_t)n, rank != 0, total);
-        else if (rank) decode_block<Out::ADDED>(packed, scale, total);
-        else decode_block<Out::SET>(packed, scale, total);
+        if (hpcsync_is_power_of_two(divisor)) {
+            const float inverse = 1.0f / divisor;
+            for (size_t i = 0; i < n; ++i) total[i] *= inverse;
+        } else {
+            for (size_t i = 0; i < n; ++i) total[i] /= divisor;
+        }
     }
-    if (hpcsync_is_power_of_two(divisor)) {
-        const float inverse = 1.0f / divisor;
-        for (size_t i = 0; i < n; ++i) total[i] *= inverse;
-    } else {
-        for (size_t i = 0; i < n; ++i) total[i] /= divisor;
+};
+
+// Codes a piece's n values x; or, given `mean`, that, which it is then decoded into. A block is
+// rotated before the block before it is done: its scale is made while that one is quantised.
+template <bool STOCHASTIC, bool FEEDBACK>
+void encode_piece(const float *x, const Mean *mean, const Job &job, size_t n, uint8_t *scales) {
+    const size_t count = n / BLOCK;
+    uint8_t *payload = scales + 4 * blocks_of(n);
+    float h[2][BLOCK] __attribute__((aligned(64)));
+    float total[BLOCK] __attribute__((aligned(64)));
+    hpcsync_scale made[2];
+    for (size_t next = 0; next <= count; ++next) {
+        if (next < count) {
+            if (mean) mean->make(next, BLOCK, total);
+            const float *from = mean ? total : x + next * BLOCK;
+            const float extreme = rotate_block<FEEDBACK>(from, job, next, h[next % 2]);
+            made[next % 2] = hpcsync_int4_scale(extreme, STOCHASTIC);
+        }
+        if (next == 0) continue;
+        const size_t b = next - 1;
+        const hpcsync_scale scale = made[b % 2];
+        float *lost = h[b % 2];
+        const float *soon = x + (b + AHEAD) * BLOCK;
+        uint8_t *out = payload + b * (BLOCK / 2);
+        std::memcpy(scales + 4 * b, &scale.scale, 4);
+        if (hpcsync_finite(scale.scale)) {
+            if constexpr (!FEEDBACK) {
+                quantise_block<STOCHASTIC, Lost::DROPPED>(lost, scale, job, b, soon, out);
+            } else if (job.keep == 0.0f) {
+                quantise_block<STOCHASTIC, Lost::KEPT>(lost, scale, job, b, soon, out);
+            } else {
+                quantise_block<STOCHASTIC, Lost::WRITTEN>(lost, scale, job, b, soon, out);
+                keep_average(lost, job, b);
+            }
+        } else {
+            std::memset(out, HPCSYNC_INT4_ZERO * 17, BLOCK / 2);
+        }
+        if (mean) decode_apart<Out::SET>(out, load_scale(scales + 4 * b), mean->own + b * BLOCK);
     }
+    if (n % BLOCK == 0) return;
+    if (mean) mean->make(count, n % BLOCK, total);
+    encode_end(mean ? total : x + count * BLOCK, job, n, STOCHASTIC, scales);
+    if (mean)
+        hpcsync_int4_decode_end(payload + count * (BLOCK / 2), load_scale(scales + 4 * count),
+                                (uint32_t)(n % BLOCK), false, mean->own + count * BLOCK);
 }
 
-template <bool STOCHASTIC, bool FEEDBACK>
-void combine_piece(float *own, size_t place, const uint8_t *const *others, size_t n_others,
-                   size_t n, float divisor, const Job &job, uint8_t *out) {
-    const size_t whole = n / BLOCK;
-    uint8_t *payload = out + 4 * blocks_of(n);
-    float total[BLOCK] __attribute__((aligned(64)));
-    const auto source = [&](size_t b) {
-        sum_block(own + b * BLOCK, place, others, n_others, n, b, BLOCK, divisor, total);
-        return total;
-    };
-    const auto done = [&](size_t b) {
-        decode_block<Out::SET>(payload + b * (BLOCK / 2), load_scale(out + 4 * b), own + b * BLOCK);
-    };
-    encode_blocks<STOCHASTIC, FEEDBACK>(own, job, whole, out, payload, source, done);
-    if (n % BLOCK) {
-        float *to = own + whole * BLOCK;
-        sum_block(to, place, others, n_others, n, whole, n % BLOCK, divisor, total);
-        encode_end(total, job, n, STOCHASTIC, out);
-        hpcsync_int4_decode_end(payload + whole * (BLOCK / 2), load_scale(out + 4 * whole),
-                                (uint32_t)(n % BLOCK), false, to);
-    }
+// The piece's encoder, by what is asked for.
+void encode(const float *x, const Mean *mean, const Job &job, size_t n, bool stochastic,
+            uint8_t *out) {
+    if (stochastic)
+        (job.error ? encode_piece<true, true> : encode_piece<true, false>)(x, mean, job, n, out);
+    else
+        (job.error ? encode_piece<false, true> : encode_piece<false, false>)(x, mean, job, n, out);
 }
 
 Job job_of(int8_t *error, uint8_t *exponents, float keep, uint64_t seed) {
@@ -433,11 +432,7 @@ void int4_unpack(const uint8_t *in, size_t n, int8_t *q) {
 
 void int4_encode(const float *x, int8_t *error, uint8_t *exponents, float keep, size_t n,
                  int stochastic, uint64_t seed, uint8_t *out) {
-    const Job job = job_of(error, exponents, keep, seed);
-    if (stochastic)
-        (error ? encode_piece<true, true> : encode_piece<true, false>)(x, job, n, out);
-    else
-        (error ? encode_piece<false, true> : encode_piece<false, false>)(x, job, n, out);
+    encode(x, nullptr, job_of(error, exponents, keep, seed), n, stochastic, out);
 }
 
 void int4_decode(const uint8_t *in, size_t n, float *out) {
@@ -452,10 +447,8 @@ void int4_decode_add(const uint8_t *in, size_t n, float *out) {
 void int4_combine(float *own, size_t place, const uint8_t *const *others, size_t n_others, size_t n,
                   float divisor, int8_t *error, uint8_t *exponents, float keep, int stochastic,
                   uint64_t seed, uint8_t *out) {
-    const Job job = job_of(error, exponents, keep, seed);
-    auto *combine = stochastic ? (error ? combine_piece<true, true> : combine_piece<true, false>)
-                               : (error ? combine_piece<false, true> : combine_piece<false, false>);
-    combine(own, place, others, n_others, n, divisor, job, out);
+    const Mean mean = {own, place, others, n_others, n, divisor};
+    encode(own, &mean, job_of(error, exponents, keep, seed), n, stochastic, out);
 }
 
 }  // namespace HPCSYNC_ISA

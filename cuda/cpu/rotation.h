@@ -19,6 +19,17 @@ constexpr size_t REGISTERS = 256 / LANES;      // of a block
 constexpr size_t GROUP = LANES == 16 ? 16 : 8;  // that a pass of the butterfly holds at once
 
 #define INLINE inline __attribute__((always_inline))
+// Compiled once, however often it is used.
+#define APART __attribute__((noinline))
+
+// What is done to a block: in narrow registers so long that a call is nothing to it, and that
+// compiling it at every use would take longer than all else.
+#if defined(__AVX2__)
+#define BODY INLINE
+#else
+#define BODY APART
+#endif
+
 #define UNROLL _Pragma("GCC unroll 64")
 
 // The value of the lane at distance STEP.

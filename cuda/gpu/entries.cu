@@ -169,3 +169,25 @@ KERNEL groups_put(const float *in, uint64_t n, uint32_t groups, uint64_t seed, f
         if (place < n) out[place] = divided(in[i], divisor) * scale;
     }
 }
+
+// After groups_take: zeroes in x what it took, and writes 0 to *told; or, if *bad, leaves x as it
+// is, and writes NaN. x may be NULL.
+KERNEL groups_settle(float *x, uint64_t n, uint32_t groups, uint64_t seed, const uint32_t *bad,
+                     float *told) {
+    const hpcsync_key key = hpcsync_random_key(seed);
+    const uint32_t all = (uint32_t)hpcsync_sparse_blocks(n, HPCSYNC_GROUP);
+    if (thread_of() == 0) *told = *bad ? hpcsync_float(HPCSYNC_NAN_BITS) : 0.0f;
+    if (*bad || !x) return;
+    for (uint64_t i = thread_of(); i < (uint64_t)groups * HPCSYNC_GROUP; i += threads_in_all()) {
+        const uint64_t group = hpcsync_group_at(key, (uint32_t)(i / HPCSYNC_GROUP), all, groups);
+        const uint64_t place = group * HPCSYNC_GROUP + i % HPCSYNC_GROUP;
+        if (place < n) x[place] = 0.0f;
+    }
+}
+
+// All of `out` becomes NaN if *told is not finite.
+KERNEL groups_spoil(const float *told, uint64_t n, float *out) {
+    if (hpcsync_finite(*told)) return;
+    for (uint64_t i = thread_of(); i < n; i += threads_in_all())
+        out[i] = hpcsync_float(HPCSYNC_NAN_BITS);
+}

@@ -8,6 +8,11 @@ constexpr uint32_t BLOCK_ROWS = 32;  // rows that are added before they are adde
 constexpr int FACTORS = 4;           // factors at once, of the registers that a thread has
 constexpr uint32_t STRIP = 4;        // rows that share what is loaded of a factor
 
+// What was found of a matrix, a word each, 0 at first: see factor_bounds and factor_check.
+constexpr int SPOILT = 0;  // the mean of its Q is not finite
+constexpr int LARGE = 1;   // its own Q is so large that the error could overflow
+constexpr int LOST = 2;    // the error would not be finite
+
 // The tree over the sixteen lanes of half a warp; in every lane, since a + b is b + a.
 template <typename Number>
 DEVICE Number tree(Number sum) {
@@ -133,9 +138,13 @@ KERNEL factor_total(const float *partial, uint64_t blocks, uint64_t n, float *q)
     }
 }
 
+// With `found`, which may be NULL: a spoilt matrix becomes NaN; of one that is spoilt or lost the
+// error stays as it was.
 KERNEL factor_apply(float *m, float *error, uint64_t rows, uint32_t columns, const float *p,
-                    const float *own, const float *mean, uint32_t rank) {
+                    const float *own, const float *mean, uint32_t rank, const uint32_t *found) {
     const uint64_t strips = (rows + STRIP - 1) / STRIP;
+    const bool spoilt = found && found[SPOILT];
+    if (spoilt || (found && found[LOST])) error = nullptr;
     for (uint64_t at = thread_of(); at < strips * columns; at += threads_in_all()) {
         const uint64_t j = at % columns, first = at / columns * STRIP;
         const uint32_t count = count_of(rows, first, STRIP);
@@ -148,7 +157,54 @@ KERNEL factor_apply(float *m, float *error, uint64_t rows, uint32_t columns, con
             }
         }
         products(p + first, rows, mean + j, columns, rank, count, sums);
-        for (uint32_t a = 0; a < count; ++a) m[(first + a) * columns + j] = sums[a];
+        for (uint32_t a = 0; a < count; ++a)
+            m[(first + a) * columns + j] = spoilt ? hpcsync_float(HPCSYNC_NAN_BITS) : sums[a];
+    }
+}
+
+// Finds whether a matrix is spoilt, and whether `rank` times the largest of its own Q, of n
+// values, is below `bound`.
+KERNEL factor_bounds(const float *own, const float *mean, uint64_t n, uint32_t rank, float bound,
+                     uint32_t *found) {
+    for (uint64_t i = thread_of(); i < n; i += threads_in_all()) {
+        if (!hpcsync_finite(mean[i])) found[SPOILT] = 1;
+        if (!((double)fabsf(own[i]) * rank < bound)) found[LARGE] = 1;
+    }
+}
+
+// Finds whether the error of a large matrix would be finite.
+KERNEL factor_check(const float *m, uint64_t rows, uint32_t columns, const float *p,
+                    const float *own, uint32_t rank, uint32_t *found) {
+    if (!found[LARGE]) return;
+    const uint64_t strips = (rows + STRIP - 1) / STRIP;
+    for (uint64_t at = thread_of(); at < strips * columns; at += threads_in_all()) {
+        const uint64_t j = at % columns, first = at / columns * STRIP;
+        const uint32_t count = count_of(rows, first, STRIP);
+        float sums[STRIP];
+        products(p + first, rows, own + j, columns, rank, count, sums);
+        for (uint32_t a = 0; a < count; ++a)
+            if (!hpcsync_finite(m[(first + a) * columns + j] - sums[a])) found[LOST] = 1;
+    }
+}
+
+// out = q, of n values, unless the matrix is spoilt.
+KERNEL factor_keep(const float *q, uint64_t n, const uint32_t *found, float *out) {
+    if (found[SPOILT]) return;
+    for (uint64_t i = thread_of(); i < n; i += threads_in_all()) out[i] = q[i];
+}
+
+// Rows of zeros become those of `fresh`; a thread block a row.
+KERNEL factor_renew(float *q, uint32_t rank, uint64_t n, const float *fresh) {
+    __shared__ uint32_t used;
+    for (uint64_t k = blockIdx.x; k < rank; k += gridDim.x) {
+        if (threadIdx.x == 0) used = 0;
+        __syncthreads();
+        for (uint64_t i = threadIdx.x; i < n; i += blockDim.x)
+            if (q[k * n + i] != 0.0f) used = 1;
+        __syncthreads();
+        for (uint64_t i = threadIdx.x; i < n && !used; i += blockDim.x)
+            q[k * n + i] = fresh[k * n + i];
+        __syncthreads();
     }
 }
 

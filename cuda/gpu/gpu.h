@@ -102,6 +102,12 @@ template <>
 struct Quad<16> {
     typedef uint4 Type;
 };
+template <>
+struct Quad<32> {
+    struct Type {
+        uint4 low, high;
+    };
+};
 
 // The lane's values of a row; zeros from `count` on.
 template <typename T>

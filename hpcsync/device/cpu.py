@@ -11,11 +11,13 @@ cache: summing p buffers into p buffers costs one read and one write of each, wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .base import Array, Device, DType
+from ..errors import DeviceError
+from .base import Arithmetic, Array, Device, DType, Event, SharedEvent, Stream
 from .kernels import Kernels, address, f32, pointers, size_t
 
 # 128 KiB of float32: with a block a source and the accumulator it stays within a core's L2.
@@ -25,8 +27,8 @@ _BLOCK = 32768
 _NATIVE = {"float32": "add_f32", "bfloat16": "add_bf16", "float16": "add_f16"}
 
 
-class CpuDevice(Device):
-    """Sums on host memory; they release the interpreter lock.
+class CpuDevice(Device, Arithmetic):
+    """Host memory, and sums on it, which release the interpreter lock.
 
     Args:
         kernels: the native ones; None for NumPy alone.
@@ -42,6 +44,33 @@ class CpuDevice(Device):
             if kernels
             else {}
         )
+        self._stream = HostStream(self)
+
+    def current(self) -> Stream:
+        return self._stream
+
+    def stream(self) -> Stream:
+        return self._stream
+
+    def empty(self, nbytes: int, *, shared: bool = False) -> Array:
+        if shared:
+            raise DeviceError("host memory is shared by the transport shared_memory")
+        return np.empty(nbytes, np.uint8)
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        return np.empty(nbytes, np.uint8)
+
+    def offer(self, array: Array) -> bytes:
+        raise DeviceError("host memory is shared by the transport shared_memory")
+
+    def open(self, offer: bytes) -> Array:
+        raise DeviceError("host memory is shared by the transport shared_memory")
+
+    def shared_event(self) -> SharedEvent:
+        return _DONE
+
+    def open_event(self, handle: bytes) -> Event:
+        return _DONE
 
     def reduce(
         self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
@@ -101,6 +130,56 @@ class CpuDevice(Device):
         if divisor != 1:
             divide(total, divisor, total)
         out[:] = narrow(total, dtype)
+
+
+class _Done(SharedEvent):
+    """Of work that was done when it was given."""
+
+    __slots__ = ()
+    handle = b""
+
+    def ready(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+_DONE = _Done()
+
+
+class HostStream(Stream):
+    """Does everything at once, on the calling thread."""
+
+    def __init__(self, device: CpuDevice) -> None:
+        self.device = device
+        self._adds = device
+
+    def reduce(
+        self, outs: Sequence[Array], sources: Sequence[Array], dtype: DType, divisor: int = 1
+    ) -> None:
+        self._adds.reduce(outs, sources, dtype, divisor)
+
+    def copy(self, out: Array, source: Array) -> None:
+        self._adds.copy(out, source)
+
+    def record(self, event: Event | None = None, *, timed: bool = False) -> Event:
+        return _DONE
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+    def fill(self, out: Array, byte: int) -> None:
+        out.view(np.uint8)[:] = byte
+
+    def apply(self, operation: Callable[[], object]) -> None:
+        operation()
+
+    def __enter__(self) -> HostStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def divide(values: Array, divisor: int, out: Array) -> None:

@@ -1,4 +1,4 @@
-"""The GPU kernels of ``cuda/gpu``, compiled by NVRTC through CuPy when first used.
+"""The GPU kernels of ``cuda/gpu``.
 
 One method a function of ``cuda/hpcsync_kernels.h``, by its name without ``hpcsync_`` and with the
 same bits; methods that serve several codecs take the codec's name. Arrays are given by their
@@ -9,108 +9,28 @@ its kernels on CuPy's current stream (``on_stream`` makes that another library's
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .kernels import source_folder
+from .base import DType
+from .cuda_launch import Address, Launcher, count, flag, pointer, pointers, seeded
 
-# By the first word of a kernel's name.
-FAMILY_OF = {
-    "add": "sums",
-    "bf16": "floats",
-    "fp16": "floats",
-    "fp8": "floats",
-    "int8": "integers",
-    "shared": "integers",
-    "hadamard": "int4",
-    "int4": "int4",
-    "onebit": "onebit",
-    "sparse": "sparse",
-    "entries": "entries",
-    "groups": "entries",
-    "factor": "factors",
-    "orthogonalise": "factors",
+# What adds each type; integers wrap, so that unsigned kernels serve signed ones.
+SUMS = {
+    "float32": "add_f32",
+    "bfloat16": "add_bf16",
+    "float16": "add_f16",
+    "float64": "add_f64",
+    "int8": "add_u8",
+    "uint8": "add_u8",
+    "int16": "add_u16",
+    "int32": "add_u32",
+    "int64": "add_u64",
+    "int32 max": "add_max_i32",
 }
-# The same bits as everywhere else; --use_fast_math must never join these.
-OPTIONS = ("--std=c++17", "--fmad=false")
-THREADS = 256  # of a thread block, as cuda/gpu/gpu.h declares
-WARPS = THREADS // 32
-RESIDENT = 8  # thread blocks that a multiprocessor holds at once
-MOST_ARRAYS = 64  # HPCSYNC_GPU_POINTERS
 ROW, ONEBIT_BLOCK = 256, 1024
-
-Address = int
-Launch = Callable[[tuple[int], tuple[int], tuple[Any, ...]], None]
-
-_POINTERS = np.dtype([("at", np.uint64, (MOST_ARRAYS,))])
-
-
-def address_of(array: Any) -> Address:
-    """Where a contiguous CUDA array of CuPy, torch or any other library begins."""
-    interface = array.__cuda_array_interface__
-    assert interface.get("strides") is None, "kernels take contiguous arrays"
-    return int(interface["data"][0])
-
-
-def pointer(address: Address | None) -> np.uint64:
-    """An address as a kernel's argument; None is NULL."""
-    return np.uint64(address or 0)
-
-
-def pointers(addresses: Sequence[Address]) -> np.ndarray[Any, Any]:
-    """Addresses as one argument, passed by value.
-
-    Raises:
-        ValueError: there are too many.
-    """
-    if len(addresses) > MOST_ARRAYS:
-        raise ValueError(f"a kernel takes at most {MOST_ARRAYS} arrays at once: {len(addresses)}")
-    made = np.zeros(1, _POINTERS)
-    made["at"][0, : len(addresses)] = addresses
-    return made
-
-
-def count(n: int) -> np.uint64:
-    return np.uint64(n)
-
-
-def seeded(seed: int) -> np.uint64:
-    return np.uint64(seed & ((1 << 64) - 1))
-
-
-def flag(value: bool) -> np.int32:
-    return np.int32(value)
-
-
-class Launcher:
-    """Starts kernels with as many thread blocks as their work asks for and the device holds.
-
-    Args:
-        function: the kernel of a name, as CuPy's RawKernel is called.
-        processors: multiprocessors of the device.
-    """
-
-    def __init__(self, function: Callable[[str], Launch], processors: int) -> None:
-        self._function = functools.cache(function)
-        self._most = processors * RESIDENT
-
-    def warps(self, name: str, warps: int, *arguments: Any) -> None:
-        """Start a kernel in which each warp takes a part of the work; nothing for no part."""
-        self.blocks(name, -(-warps // WARPS), *arguments)
-
-    def threads(self, name: str, threads: int, *arguments: Any) -> None:
-        """Start a kernel in which each thread takes a part."""
-        self.blocks(name, -(-threads // THREADS), *arguments)
-
-    def blocks(self, name: str, blocks: int, *arguments: Any) -> None:
-        """Start a kernel in which each thread block takes a part."""
-        if blocks:
-            self._function(name)((min(blocks, self._most),), (THREADS,), arguments)
 
 
 class CudaKernels:
@@ -133,8 +53,25 @@ class CudaKernels:
         divisor: float = 1.0,
     ) -> None:
         """``add_f32``, ``add_bf16`` or ``add_f16``; at most 64 outputs and 64 sources."""
+        self._add(f"add_{dtype}", outs, sources, n, divisor)
+
+    def reduce(
+        self,
+        dtype: DType,
+        outs: Sequence[Address],
+        sources: Sequence[Address],
+        n: int,
+        divisor: float = 1.0,
+    ) -> None:
+        """What ``Arithmetic.reduce`` does, of any type; at most 64 outputs and 64 sources."""
+        assert divisor == 1 or dtype.floating, f"no mean of {dtype.name}"
+        self._add(SUMS[dtype.name], outs, sources, n, divisor)
+
+    def _add(
+        self, name: str, outs: Sequence[Address], sources: Sequence[Address], n: int, by: float
+    ) -> None:
         given = (pointers(outs), np.uint32(len(outs)), pointers(sources), np.uint32(len(sources)))
-        self._rows(f"add_{dtype}", n, *given, count(n), np.float32(divisor))
+        self._rows(name, n, *given, count(n), np.float32(by))
 
     # ---- bf16, fp16, fp8, int8 ------------------------------------------------------------------
 
@@ -293,63 +230,3 @@ class CudaKernels:
         sources = self._sources(own, place, others, n, divisor)
         blocks = -(-n // ONEBIT_BLOCK)
         self.launcher.warps("onebit_combine", blocks, *sources, pointer(error), pointer(out))
-
-
-# ---- CuPy --------------------------------------------------------------------------------------
-
-
-def family_of(kernel: str) -> str:
-    """The file of ``cuda/gpu`` that a kernel stands in."""
-    return FAMILY_OF[kernel.split("_")[0]]
-
-
-def source_of(family: str) -> str:
-    """What NVRTC compiles for a family.
-
-    It names a digest of all headers: CuPy keeps compiled code by the text that it is given, and
-    would else take that of an older header.
-    """
-    folder = source_folder()
-    digest = hashlib.sha256()
-    for header in sorted([*folder.glob("*.h"), *folder.glob("gpu/*.h")]):
-        digest.update(header.read_bytes())
-    return f"// {digest.hexdigest()}\n{(folder / 'gpu' / f'{family}.cu').read_text()}"
-
-
-def options() -> tuple[str, ...]:
-    """NVRTC's options."""
-    folder = source_folder()
-    return (*OPTIONS, f"-I{folder / 'gpu'}", f"-I{folder}")
-
-
-@functools.cache
-def _module(family: str) -> Any:
-    import cupy
-
-    return cupy.RawModule(code=source_of(family), options=options(), backend="nvrtc")
-
-
-def _function(kernel: str) -> Launch:
-    function: Launch = _module(family_of(kernel)).get_function(kernel)
-    return function
-
-
-@functools.cache
-def load(device: int) -> CudaKernels:
-    """The kernels for the CUDA device of this number, which must be the current one in calls.
-
-    Raises:
-        ImportError: CuPy is missing.
-    """
-    import cupy
-
-    processors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-    return CudaKernels(Launcher(_function, int(processors)))
-
-
-def on_stream(stream: int) -> AbstractContextManager[Any]:
-    """A context in which calls go to a CUDA stream, given by its handle."""
-    import cupy
-
-    made: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream)
-    return made

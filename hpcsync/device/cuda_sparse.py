@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cuda_kernels import ROW, THREADS, Address, Launcher, count, flag, pointer, seeded
+from .cuda_kernels import ROW
+from .cuda_launch import THREADS, Address, Launcher, count, flag, pointer, seeded
 
 TILE = 4096  # elements of cuda/gpu/sparse.h's tiles
 STATE_WORDS, BINS = 16, 2048
@@ -177,3 +178,18 @@ class CudaSparse:
         factors = (np.float32(divisor), np.float32(scale))
         threads = 16 * groups if n else 0
         self.launcher.threads("groups_put", threads, *given, *factors, pointer(out))
+
+    def groups_settle(
+        self, x: Address | None, n: int, groups: int, seed: int, bad: Address, told: Address
+    ) -> None:
+        """Zero in x what ``groups_take`` took, unless the uint32 at ``bad`` is set.
+
+        Args:
+            told: a float32, which becomes NaN if it is, else 0.
+        """
+        given = (pointer(x), count(n), np.uint32(groups), seeded(seed), pointer(bad))
+        self.launcher.threads("groups_settle", 16 * groups, *given, pointer(told))
+
+    def groups_spoil(self, told: Address, n: int, out: Address) -> None:
+        """Make n values NaN if the float32 at ``told`` is not finite."""
+        self.launcher.threads("groups_spoil", n, pointer(told), count(n), pointer(out))
