@@ -11,35 +11,13 @@ from .. import schedules
 from ..config import CommConfig
 from ..schedules.base import Kind, Schedule
 from ..schedules.hierarchical import compose
-from ..topology import Topology
 from ..transports.base import Region, Transport, sent_bytes
-from ..transports.mpi_host import MpiHost
-from ..transports.shared_memory import SharedMemory
 from . import choice
 from .collective import Stage
+from .ways import Ways
 
 _NODE, _GATHER, RAIL = 0, 1, 2  # a segment's tags, from its first on
 TAGS = 8  # that a segment takes; a coded rail may take several
-
-
-@dataclass(frozen=True)
-class Ways:
-    """The transports of a rank."""
-
-    topology: Topology
-    rank: int
-    world: MpiHost
-    node: MpiHost
-    rail: MpiHost
-    shared: SharedMemory | None
-
-    def inside(self, region: Region) -> Transport:
-        """The way between the ranks of the node."""
-        return self.shared if self.shared and region.buffer.shared else self.node
-
-    def leaves(self, transport: Transport, peer: int) -> bool:
-        """Whether what is sent to the group's rank ``peer`` leaves this node."""
-        return transport.ranks[peer] not in self.topology.node(self.rank)
 
 
 Across = Callable[[Region, int, int], Stage]
@@ -69,7 +47,7 @@ class Binding:
         align = max(1, 64 // whole.dtype.itemsize)
         bounds = schedules.chunk_bounds(whole.count, pieces, align)
         for start, stop in itertools.pairwise(bounds):
-            yield whole.part(start, stop)
+            yield self.ways.placed(whole.part(start, stop))
 
     def stages(self, region: Region) -> list[Stage]:
         """The levels of one uncoded segment."""
@@ -80,9 +58,9 @@ class Binding:
         if self.algorithm == "hierarchical":
             return self._hierarchy(region, tag)
         one_node = ways.topology.node_count == 1
-        flat: Transport = ways.world
-        if one_node and self.algorithm != "native":
-            flat = ways.shared if ways.shared and region.buffer.shared else ways.world
+        # Only the world's transport has MPI's own.
+        near = one_node and self.algorithm != "native"
+        flat = ways.inside(region) if near else ways.world
         every = schedules.everyone(self.algorithm, Kind.ALLREDUCE, flat.size)
         level = "node" if one_node else "world"
         return [self._stage(level, flat, every, region, tag, self.divisor)]

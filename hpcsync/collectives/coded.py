@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from .. import schedules
 from ..codecs import Codec, SumCodec
-from ..transports.base import Region
-from ..transports.mpi_host import MpiHost
+from ..transports.base import Region, Transport
 from . import choice
 from .binding import RAIL, Binding
 from .coding import Coding, Held
@@ -22,7 +21,7 @@ from .two_pass import TwoPass
 class CodedSegment:
     """A segment's levels, and what codecs remember of it on this rank."""
 
-    nbytes: int
+    region: Region
     stages: list[Stage]
     held: list[Held]
 
@@ -32,8 +31,9 @@ def coded_segments(binding: Binding, whole: Region, coding: Coding) -> Iterator[
     for start, stop in _pieces(binding, whole.part(0, coding.count), coding):
         last = stop == coding.count
         tail = whole.count - stop if last else 0
-        segment = _Segment(binding, coding, start, tail, whole.part(start, stop + tail))
-        yield CodedSegment(segment.region.nbytes, segment.stages(), segment.held)
+        region = binding.ways.placed(whole.part(start, stop + tail))
+        segment = _Segment(binding, coding, start, tail, region)
+        yield CodedSegment(region, segment.stages(), segment.held)
 
 
 class _Segment:
@@ -70,7 +70,7 @@ class _Segment:
         return [*cuts[:-1], self.region.count]
 
     def _stage(
-        self, level: str, transport: MpiHost, part: Region, at: int, tag: int, divisor: int
+        self, level: str, transport: Transport, part: Region, at: int, tag: int, divisor: int
     ) -> Stage:
         coding, start, ways = self._coding, self._start + at, self._binding.ways
         program: Summed | TwoPass

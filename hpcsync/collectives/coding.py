@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from ..codecs import Codec, Matrix, Moment, Settings, Store
+from ..codecs.gpu.room import Room
 from ..config import CompressConfig
+from ..device import Event, Stream
+from ..device.base import Array
 from ..device.cpu import narrow, widen
+from ..device.cuda_launch import address_of
+from ..errors import UserError
 from ..trace.recorder import Recorder, Span, now
 from ..transports.base import Region
 
 _MASK = (1 << 64) - 1
+_WIDENS = {"bfloat16": "bf16", "float16": "fp16"}  # the codec whose pieces are such elements
 
 
 def settings_of(config: CompressConfig, seed: int) -> Settings:
@@ -40,6 +47,13 @@ class Clock:
         self.step = 0
 
 
+class Mark(NamedTuple):
+    """A time of the host, or an event of a stream."""
+
+    stream: Stream | None
+    at: int | Event
+
+
 @dataclass(frozen=True, kw_only=True)
 class Coding:
     """How the first elements of an allreduce are coded.
@@ -62,9 +76,20 @@ class Coding:
     recorder: Recorder = field(default_factory=lambda: Recorder(2))
     bucket: int = -1
 
-    def note(self, span: Span, start: int, nbytes: int) -> None:
-        """Record coding from ``start`` until now that took or gave so many bytes."""
-        self.recorder.add(span, start, now(), nbytes, self.bucket)
+    def begin(self, stream: Stream | None) -> Mark:
+        """When coding begins: now, or where the stream that does it stands."""
+        return Mark(stream, now() if stream is None else stream.record(timed=True))
+
+    def end(self, start: Mark) -> Mark:
+        """When what began there and was done, or given to the stream, ends."""
+        return self.begin(start.stream)
+
+    def note(self, span: Span, start: Mark, end: Mark, nbytes: int) -> None:
+        """Record coding that took or gave so many bytes."""
+        if isinstance(start.at, Event) and isinstance(end.at, Event):
+            self.recorder.later.add(span, start.at, end.at, nbytes, self.bucket)
+        elif isinstance(start.at, int) and isinstance(end.at, int):
+            self.recorder.add(span, start.at, end.at, nbytes, self.bucket)
 
     def moment(self, start: int, part: int, rank: int) -> Moment:
         """Now, for the coding by ``rank`` of a part of the elements from ``start`` on."""
@@ -107,16 +132,65 @@ class Window:
     def __init__(self, region: Region) -> None:
         self._region = region
         self._direct = region.dtype.name == "float32"
-        self._copy = np.empty(0 if self._direct else region.count, np.float32)
+        self._copy = self._room(0 if self._direct else region.count)
 
     @contextmanager
-    def opened(self) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
-        """The values; what is written to them is in the region when the context ends."""
+    def opened(self) -> Iterator[Array]:
+        """The values; what is written to them is in the region when the context ends, or, of a
+        device, for what its stream is given then."""
         if self._direct:
             yield self._region.array
             return
-        dtype, array = self._region.dtype, self._region.array
-        wide = dtype.storage == dtype.accumulate
-        self._copy[:] = array if wide else widen(array, dtype)
+        self._widen()
         yield self._copy
-        array[:] = self._copy if wide else narrow(self._copy, dtype)
+        self._narrow()
+
+    def _room(self, count: int) -> Array:
+        return np.empty(count, np.float32)
+
+    def _widen(self) -> None:
+        dtype, array = self._region.dtype, self._region.array
+        self._copy[:] = array if dtype.storage == dtype.accumulate else widen(array, dtype)
+
+    def _narrow(self) -> None:
+        dtype, array = self._region.dtype, self._region.array
+        array[:] = self._copy if dtype.storage == dtype.accumulate else narrow(self._copy, dtype)
+
+
+class QueuedWindow(Window):
+    """A window of memory that a stream works on.
+
+    Raises:
+        UserError: of elements that a device cannot widen.
+    """
+
+    def __init__(self, region: Region, stream: Stream) -> None:
+        self._stream = Room(stream)
+        self._kernel = _WIDENS.get(region.dtype.name, "")
+        if not self._kernel and region.dtype.name != "float32":
+            raise UserError(
+                f"compress.codec: gradients of {region.dtype.name} cannot be coded on "
+                f"{stream.device.name}; use parameters of float32, bfloat16 or float16, or "
+                "compress.codec=none"
+            )
+        super().__init__(region)
+
+    def _room(self, count: int) -> Array:
+        return self._stream.empty(count, np.float32)
+
+    def _widen(self) -> None:
+        region, codecs = self._region, self._stream.kernels.blocks
+        places = (address_of(region.array), region.count, address_of(self._copy))
+        with self._stream.stream:
+            codecs.decode(self._kernel, *places)
+
+    def _narrow(self) -> None:
+        region, codecs = self._region, self._stream.kernels.blocks
+        source, out = address_of(self._copy), address_of(region.array)
+        with self._stream.stream:
+            codecs.encode(self._kernel, source, None, region.count, False, 0, out)
+
+
+def window(region: Region) -> Window:
+    """The region's elements, wherever they are."""
+    return Window(region) if region.stream is None else QueuedWindow(region, region.stream)

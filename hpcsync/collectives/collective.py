@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..device import Event, Stream
+from ..trace.later import Earliest, Latest
 from ..trace.recorder import BUCKET, QUEUED, WIRE, Recorder, now
 from ..transports.base import Program, Wait
 from .coding import Held
+from .jobs import Job, Place
 from .kept import CodedProgram, Keeper
-from .progress import Job, Place, Progress
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ class Segment(Job):
     """A slice of the buffer on its way through the levels."""
 
     def __init__(
-        self, collective: Collective, index: int, nbytes: int, stages: list[Stage]
+        self,
+        collective: Collective,
+        index: int,
+        nbytes: int,
+        stages: list[Stage],
+        stream: Stream | None,
     ) -> None:
         self.priority = 0
         self.nbytes = nbytes
         self.stages = stages
+        self._stream = stream
         self._collective = collective
         self._index = index
         self._level = "not started"
@@ -48,6 +57,9 @@ class Segment(Job):
     def run(self) -> Iterator[Wait]:
         whole = self._collective
         whole.begun()
+        if self._stream is not None:
+            yield from self._give(self._stream)
+            return
         for stage in self.stages:
             self._level = stage.level
             start = now()
@@ -55,14 +67,40 @@ class Segment(Job):
             sent, parent = stage.internode_bytes, whole.number
             whole.recorder.add(WIRE[stage.level], start, now(), sent, whole.bucket, parent)
 
+    def _give(self, stream: Stream) -> Iterator[Wait]:
+        """As ``run``, of a region of a device, which does the work and tells the times."""
+        whole = self._collective
+        for event in whole.after:
+            stream.wait(event)
+        start = stream.record(timed=True)
+        whole.begins.append(start)
+        for stage in self.stages:
+            self._level = stage.level
+            with stream.device.range(f"{whole.label}, {stage.level}"):
+                yield from stage.program.run()
+            end = stream.record(timed=True)
+            sent, parent = stage.internode_bytes, whole.number
+            whole.recorder.later.add(WIRE[stage.level], start, end, sent, whole.bucket, parent)
+            start = end
+        whole.ends.append(start)
+
     def finished(self) -> None:
         self._collective.segment_finished()
+
+    def settle(self, progress: Progress) -> None:
+        """Sleep until the device is done with what codecs work in."""
+        coded = any(isinstance(stage.program, CodedProgram) for stage in self.stages)
+        if coded and self._stream is not None:
+            progress.settle(self._stream.record())
 
     def place(self) -> Place:
         return Place(self._collective.label, self._collective.runs, self._index, self._level)
 
     def describe(self) -> str:
         return f"{self._collective.label} segment {self._index} at level {self._level}"
+
+
+_kept: list[Collective] = []  # of jobs that failed, to the end of the process
 
 
 class Collective:
@@ -78,6 +116,8 @@ class Collective:
         bucket: index of the bucket that it carries, or -1.
         number: of the last run, in the trace.
         runs: started so far.
+        after: events before which no stream of the run may touch the region.
+        begins, ends: of what the run gave to streams, a pair each segment.
     """
 
     def __init__(
@@ -100,14 +140,20 @@ class Collective:
         self.finished_s = 0.0
         self.held: list[Held] = []
         self.coded = 0
+        self.after: Sequence[Event] = ()
+        self.begins: list[Event] = []
+        self.ends: list[Event] = []
         self._progress = progress
         self._segments: list[Segment] = []
         self._open = 0
         self._launched = 0
         self._waits_to_begin = False
 
-    def add_segment(self, nbytes: int, stages: Sequence[Stage]) -> None:
-        self._segments.append(Segment(self, len(self._segments), nbytes, list(stages)))
+    def add_segment(
+        self, nbytes: int, stages: Sequence[Stage], stream: Stream | None = None
+    ) -> None:
+        """Add a slice of the region; ``stream`` does the work on it, if it is a device's."""
+        self._segments.append(Segment(self, len(self._segments), nbytes, list(stages), stream))
 
     @property
     def internode_bytes(self) -> int:
@@ -132,10 +178,13 @@ class Collective:
             for keeper in program.keepers()
         ]
 
-    def start(self, priority: int = 0) -> None:
+    def start(self, priority: int = 0, after: Sequence[Event] = ()) -> None:
         """Begin a run; lower priorities go first. The region must not be touched until it ends.
 
         Every rank must start the same collectives, in any order.
+
+        Args:
+            after: events at which the region of a device holds what is to be added.
         """
         assert self._open == 0, f"{self.label} is already running"
         self._open = len(self._segments)
@@ -144,6 +193,7 @@ class Collective:
         self.number = self.recorder.number()
         self.runs += 1
         self._waits_to_begin = True
+        self.after, self.begins, self.ends = after, [], []
         for segment in self._segments:
             segment.rewind(priority)
         self._progress.submit(list(self._segments))
@@ -154,13 +204,19 @@ class Collective:
         return self._open == 0
 
     def wait(self) -> None:
-        """Sleep until the run has ended.
+        """Sleep until the run has ended: until all is given to the streams, on a device; see
+        ``join``.
 
         Raises:
             CollectiveTimeout: no collective of this rank moved for ``comm.timeout_s`` seconds.
         """
         if self._open:
             self._progress.wait_until(lambda: self._open == 0)
+
+    def join(self, stream: Stream) -> None:
+        """After ``wait``: what is given to ``stream`` from now on finds the sums in the region."""
+        for event in self.ends:
+            stream.wait(event)
 
     def begun(self) -> None:
         """Called when a segment begins, as ``segment_finished``."""
@@ -173,14 +229,26 @@ class Collective:
         if self._open == 1:
             ended = now()
             self.finished_s = ended / 1e9
-            self.recorder.add(
-                BUCKET, self._launched, ended, self.nbytes, self.bucket, number=self.number
-            )
+            if self.ends:
+                first, last = Earliest(self.begins), Latest(self.ends)
+                add, number = self.recorder.later.add, self.number
+                add(BUCKET, first, last, self.nbytes, self.bucket, number=number)
+            else:
+                self.recorder.add(
+                    BUCKET, self._launched, ended, self.nbytes, self.bucket, number=self.number
+                )
         self._open -= 1
 
     def close(self) -> None:
-        """Free requests and communicators; the collective cannot run again."""
+        """Free requests and communicators; the collective cannot run again.
+
+        After an error all stays as it is: a device may wait for a rank that is gone.
+        """
+        if self._progress.failed:
+            _kept.append(self)
+            return
         for segment in self._segments:
+            segment.settle(self._progress)
             for stage in segment.stages:
                 stage.program.close()
         self._segments = []

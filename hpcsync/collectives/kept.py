@@ -20,7 +20,9 @@ import numpy as np
 
 from ..codecs import Codec, Matrix, Moment, PieceCodec, SumCodec
 from ..codecs.base import Bytes, Floats
-from ..device import dtype_of
+from ..codecs.gpu.room import Room
+from ..device import Stream, dtype_of
+from ..device.base import Array
 from ..device.kernels import empty_bytes
 from ..errors import CheckpointError
 from ..transports.base import Program, Region
@@ -88,9 +90,15 @@ class Plain:
         """Elements ``low`` to ``high`` of the region, which begins at ``start``."""
         self.kept = Kept(PLAIN, start + low, high - low)
         self._memory = region.part(low, high).array.view(np.uint8)
+        self._stream = region.stream
 
     def left(self) -> Left:
-        return Left((self._memory,))
+        return Left((fetched(self._memory, self._stream),))
+
+
+def fetched(memory: Array, stream: Stream | None) -> Bytes:
+    """Bytes as the host reads them; of a device's memory a copy, when the stream has come there."""
+    return memory if stream is None else Room(stream).down(memory)
 
 
 def cut(count: int, share: int, shares: int) -> slice:

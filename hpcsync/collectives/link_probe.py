@@ -13,7 +13,8 @@ from ..device.base import Array
 from ..launch import Runtime
 from ..transports.base import Mail, Parcel, Transport, Wait
 from .costs import LinkCost
-from .progress import Job, Place, Progress
+from .jobs import Job, Place
+from .progress import Progress
 
 _TAG = 0  # which no collective has
 _MESSAGE = 1 << 19  # bytes, as a segment's share has

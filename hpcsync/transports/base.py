@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..device import Device, DType
-from ..device.base import Array
+from ..device import Device, DType, Stream
+from ..device.base import Array, Event
 from ..schedules.base import Action, Kind, Schedule, Step, chunk_bounds
 
 
@@ -33,8 +33,27 @@ class Wait(ABC):
         """What is missing, for the report of a stuck collective: ``node: entered by rank 3``."""
 
 
+class Done(Wait):
+    """Until a device has come to an event.
+
+    Args:
+        what: the device does till then, in words.
+    """
+
+    __slots__ = ("_event", "_what")
+
+    def __init__(self, event: Event, what: str) -> None:
+        self._event, self._what = event, what
+
+    def ready(self) -> bool:
+        return self._event.ready()
+
+    def describe(self) -> str:
+        return f"the device has not done: {self._what}"
+
+
 class Buffer:
-    """A flat piece of this rank's host memory that collectives work on.
+    """A flat piece of this rank's memory that collectives work on.
 
     Attributes:
         own: this rank's bytes, 1-D uint8.
@@ -52,6 +71,11 @@ class Buffer:
         """True when the other ranks of the node see the same memory."""
         return False
 
+    @property
+    def queued(self) -> bool:
+        """True for memory of a device, which only its streams touch."""
+        return False
+
     def peer(self, index: int) -> Array:
         """The bytes of the node's rank ``index``; only for shared buffers."""
         raise TypeError("this buffer is private to its rank")
@@ -62,6 +86,27 @@ def private_buffer(nbytes: int) -> Buffer:
     return Buffer(np.zeros(nbytes, np.uint8))
 
 
+class DeviceBuffer(Buffer):
+    """Memory of a device that no other rank sees."""
+
+    @property
+    def queued(self) -> bool:
+        return True
+
+
+def device_buffer(device: Device, nbytes: int) -> DeviceBuffer:
+    """Zeroed memory of a device whose work is queued; sleeps until it is there.
+
+    Raises:
+        DeviceError: there is not enough.
+    """
+    memory = device.empty(nbytes)
+    stream = device.stream()
+    stream.fill(memory, 0)
+    stream.synchronize()
+    return DeviceBuffer(memory)
+
+
 @dataclass(frozen=True)
 class Region:
     """``count`` elements of ``dtype`` from byte ``offset`` of a buffer on.
@@ -69,6 +114,7 @@ class Region:
     Attributes:
         cuts: element offsets at which a schedule of ``len(cuts) - 1`` chunks must cut the region;
             empty for equal chunks.
+        stream: that does all work on a region of a device; None on the host.
     """
 
     buffer: Buffer
@@ -76,6 +122,7 @@ class Region:
     count: int
     dtype: DType
     cuts: tuple[int, ...] = ()
+    stream: Stream | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +140,11 @@ class Region:
     def part(self, start: int, stop: int) -> Region:
         """Elements ``start`` to ``stop`` of this region."""
         return Region(
-            self.buffer, self.offset + start * self.dtype.itemsize, stop - start, self.dtype
+            self.buffer,
+            self.offset + start * self.dtype.itemsize,
+            stop - start,
+            self.dtype,
+            stream=self.stream,
         )
 
     def _view(self, memory: Array) -> Array:
@@ -105,7 +156,11 @@ class Program(ABC):
 
     @abstractmethod
     def run(self) -> Iterator[Wait]:
-        """One execution, as a coroutine; the previous one must have ended."""
+        """One execution, as a coroutine; the previous one must have ended.
+
+        Of a region of a device it ends when all work is given to the region's stream, in whose
+        order it comes: after what was given before, and before what is given next.
+        """
 
     def close(self) -> None:  # noqa: B027  (most hold nothing)
         """Give back what the binding holds (requests, communicators)."""
@@ -122,6 +177,9 @@ class Parcel:
 class Mail(ABC):
     """Messages between ranks of a group whose lengths vary from run to run.
 
+    Parcels in a device's memory are read and written in the order of the stream that ``mail`` was
+    given: ``send`` takes what earlier work of the stream has made, and once the Wait of ``expect``
+    is ready, later work of the stream finds what came.
     Messages between two ranks arrive in the order in which they were sent, and are taken in the
     order in which they were expected.
     """
@@ -143,17 +201,16 @@ class Transport(ABC):
     """A way between the ranks of one group.
 
     Attributes:
-        name: as ``comm.node_transport`` spells it.
+        name: as the deck spells it.
         ranks: the job-wide ranks of the group, by rank in the group; for messages.
         rank: this rank's index in the group.
     """
 
     name: str
 
-    def __init__(self, ranks: Sequence[int], rank: int, device: Device) -> None:
+    def __init__(self, ranks: Sequence[int], rank: int) -> None:
         self.ranks = tuple(ranks)
         self.rank = rank
-        self.device = device
 
     @property
     def size(self) -> int:
@@ -180,8 +237,36 @@ class Transport(ABC):
                 the same region: nobody reads what it overwrites any more.
         """
 
-    def mail(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Mail:
-        """Prepare messages that a Program cannot describe; ``tag`` as in ``bind``."""
+    def allocate(self, nbytes: int, slots: int) -> Buffer:
+        """A zeroed buffer that the ranks of the group share, with room for ``slots`` programs at
+        once; collective over the group."""
+        raise NotImplementedError(f"{self.name} shares no memory")
+
+    def close(self, *, orderly: bool) -> bool:
+        """Give back what peers have of this rank, and this rank of them, at the job's end;
+        collective, but a rank that has failed waits for nobody.
+
+        Args:
+            orderly: this rank has not failed, and all its programs are closed.
+
+        Returns:
+            Whether it was given back; the same on all ranks. If not, the communicator must stay.
+        """
+        return True
+
+    def mail(
+        self,
+        sends: Sequence[Parcel],
+        receives: Sequence[Parcel],
+        tag: int,
+        stream: Stream | None = None,
+    ) -> Mail:
+        """Prepare messages that a Program cannot describe.
+
+        Args:
+            tag: as in ``bind``.
+            stream: that works on the parcels, where they are in a device's memory.
+        """
         raise NotImplementedError(f"{self.name} has no messages")
 
 
