@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..device import kernels
+from ..device import Device, kernels
 from ..errors import ConfigError
 from ..registry import resolve
 from .base import Codec, Matrix, Moment, PieceCodec, Settings, Store, SumCodec
+from .gpu.forms import require
 
 __all__ = [
     "BUILTINS",
@@ -41,16 +42,19 @@ BUILTINS: Mapping[str, str] = {
 }
 
 
-def build(name: str, settings: Settings, *, native: bool = True) -> Codec:
+def build(
+    name: str, settings: Settings, *, native: bool = True, device: Device | None = None
+) -> Codec:
     """The codec that ``name`` stands for: a built-in one, or ``package.module:Class``.
 
     Built-in classes take ``(settings, kernels)``; a user's own takes ``(settings)``.
 
     Args:
         native: with the native kernels where there are any, else in NumPy.
+        device: that gradients are on, if not the host; ``gpu.forms`` codes them there.
 
     Raises:
-        ConfigError: there is no such codec, or it cannot be made.
+        ConfigError: there is no such codec, it cannot be made, or it cannot code on the device.
     """
     factory = resolve("compress", name, BUILTINS)
     if name in BUILTINS:
@@ -67,4 +71,6 @@ def build(name: str, settings: Settings, *, native: bool = True) -> Codec:
             f"compress.codec = {name!r}: made a {type(codec).__name__}; it must be a "
             "hpcsync.codecs.PieceCodec or SumCodec"
         )
+    if device is not None:
+        require(codec, device)
     return codec

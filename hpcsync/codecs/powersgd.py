@@ -33,7 +33,7 @@ from .base import Floats, Form, Matrix, Moment, Settings, Store, SumCodec, divid
 from .factors import Factors, NativeFactors
 from .rounding import units
 
-_LARGE = 1e30  # far from overflow: M less a product of such numbers is finite if M is
+LARGE = 1e30  # far from overflow: M less a product of such numbers is finite if M is
 
 
 def gains(rows: int, columns: int, rank: int) -> bool:
@@ -241,7 +241,7 @@ class PowerSGD(SumCodec):
             mine = own[each.q : each.q + q.size].reshape(q.shape)
             error = None if held is None else held[each.start : each.stop].reshape(m.shape)
             basis[each.q : each.q + q.size] = q.reshape(-1)
-            if error is None or float(np.abs(mine).max()) * self.rank < _LARGE:
+            if error is None or float(np.abs(mine).max()) * self.rank < LARGE:
                 self._maths.apply(m, error, p, mine, q)
                 continue
             left = np.empty_like(m)
@@ -252,9 +252,7 @@ class PowerSGD(SumCodec):
     def _renew(self, q: Floats) -> None:
         """Make Q's rows orthonormal; rows of zeros become random ones first."""
         for row in np.flatnonzero(~q.any(axis=1)):
-            # Of nothing that a new layout of the buckets would change.
-            words = f"{self.settings.seed} {q.shape[1]} {row}".encode()
-            q[row] = units(zlib.crc32(words), q.shape[1]) - np.float32(0.5)
+            q[row] = fresh_row(self.settings.seed, q.shape[1], int(row))
         self._maths.orthogonalise(q)
 
     def _views(
@@ -273,6 +271,12 @@ class PowerSGD(SumCodec):
         if key not in self._layouts:
             self._layouts[key] = lay_out(count, matrices, self.rank)
         return self._layouts[key]
+
+
+def fresh_row(seed: int, columns: int, row: int) -> Floats:
+    """What replaces a row of zeros in Q; of nothing that a new layout of buckets would change."""
+    made: Floats = units(zlib.crc32(f"{seed} {columns} {row}".encode()), columns) - np.float32(0.5)
+    return made
 
 
 def _flat(shape: Sequence[int]) -> tuple[int, int]:

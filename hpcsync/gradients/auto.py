@@ -19,10 +19,10 @@ from ..collectives.saved_costs import Place, SavedCosts
 from ..collectives.tuner import Tuner, bucket_leads
 from ..config import CommConfig
 from ..launch import mpi_library
-from .bucket import Bucket
 from .compression import Compression, check, codable
+from .layout import BucketLayout
 from .plan import Parameter, plan_buckets
-from .stats import StepComm
+from .stats import Comm
 
 _MIB = 1 << 20
 
@@ -46,7 +46,7 @@ class Auto:
     ) -> None:
         self.comm = self._deck = comm
         self._compression = compression
-        self._params = list(params)
+        self._params: Sequence[Parameter] = list(params)
         self._order: Sequence[int] = range(len(params) - 1, -1, -1)
         self._began: float | None = None
         self._told = False
@@ -57,20 +57,18 @@ class Auto:
         if self._began is None:
             self._began = time.perf_counter()
 
-    def finish_step(
-        self, buckets: Sequence[Bucket], order: Sequence[int], stats: StepComm, end_s: float
-    ) -> bool:
+    def finish_step(self, layout: BucketLayout, stats: Comm, end_s: float) -> bool:
         """A step's exchange is over, on all ranks; whether the choice changed.
 
         Args:
-            order: of the parameters in the buckets.
+            layout: of the buckets, and of the parameters in them, which may have changed.
             end_s: when the backward pass ended, by ``time.perf_counter``.
         """
         began, self._began = self._began, None
         if self._tuner is None or began is None:
             return False
-        self._order = list(order)
-        launches = [(each.collective.started_s, each.plan.nbytes) for each in buckets]
+        self._params, self._order = layout.described, layout.order
+        launches = [(each.collective.started_s, each.plan.nbytes) for each in layout.buckets]
         step_s = time.perf_counter() - began
         changed = self._tuner.observe(step_s, stats, bucket_leads(launches, end_s))
         if self._tuner.settled != self._told:
@@ -130,7 +128,11 @@ class Auto:
             name: made
             for name in config.allow
             if name != UNCODED
-            and not check(made := codecs.build(name, settings), config, self._params)
+            and not check(
+                made := codecs.build(name, settings, device=collectives.device),
+                config,
+                self._params,
+            )
         }
         measured = probe(
             collectives, allowed, layout, shapes, torch.get_num_threads(), self._saved_costs()

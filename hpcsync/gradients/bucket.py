@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from ..collectives import Collectives
 from ..collectives.coding import Coding
 from ..collectives.kept import Keeper, Plain, cut
 from ..config import CommConfig
-from ..device import dtype_of
+from ..device import Event, Stream, dtype_of
 from ..transports.base import Buffer, Region
 from .plan import BucketPlan
 
@@ -37,6 +38,7 @@ class Bucket:
         pending: parameters whose gradient has not come in this backward pass.
         launched: whether the exchange of this backward pass has been started.
         filling: when the first gradient of this backward pass came, or 0.
+        flags: room for one element a parameter at the end of the buffer; see ``flags``.
     """
 
     def __init__(
@@ -59,9 +61,12 @@ class Bucket:
         self.launched = False
         self.filling = 0
         self._alone = collectives.runtime.size == 1
+        self._device = collectives.device
+        self._streams: list[Stream] = []  # that gradients of this backward pass came in,
+        self._events: list[Event] = []  # and where the computation left the last of them
         self._region = Region(arena, offset, plan.numel, dtype_of(plan.dtype))
         memory = arena.own[offset : offset + plan.nbytes]
-        self._flat = torch.from_numpy(memory).view(getattr(torch, plan.dtype))
+        self._flat = from_dlpack(memory).view(getattr(torch, plan.dtype))
         self.views = [
             self._flat[start : start + param.numel()].as_strided(
                 param.size(),
@@ -70,7 +75,7 @@ class Bucket:
             )
             for param, start in zip(self.params, plan.offsets, strict=True)
         ]
-        self._used = self._flat[plan.used_offset :]
+        self.flags = self._flat[plan.used_offset :]
         self.collective = collectives.allreduce(
             arena,
             dtype_of(plan.dtype),
@@ -101,41 +106,51 @@ class Bucket:
         Args:
             transform: what is exchanged in place of the gradient.
         """
-        grad = self.params[slot].grad
+        param, view = self.params[slot], self.views[slot]
+        grad = param.grad
         assert grad is not None
+        stream = self._here()
         if transform is not None and transform.active:
-            dense = grad if grad.layout is torch.strided else grad.to_dense()
-            transform.apply(self.params[slot], dense, self.views[slot])
-            self.params[slot].grad = self.views[slot]
+            given, made = grad, transform
+            stream.apply(lambda: made.apply(param, _dense(given), view))
+            param.grad = view
         elif not self.holds(slot):
-            self.views[slot].copy_(grad if grad.layout is torch.strided else grad.to_dense())
-            self.params[slot].grad = self.views[slot]
+            given = grad
+            stream.apply(lambda: view.copy_(_dense(given)))
+            param.grad = view
 
-    def launch(self, used: Sequence[bool], priority: int, *, failed: bool = False) -> None:
-        """Start the exchange.
+    def zero(self, slot: int, transform: Transform | None = None) -> None:
+        """Take part with zeros for a parameter that has no gradient here, or what the transform
+        makes of them."""
+        view, param = self.views[slot], self.params[slot]
+        stream = self._here()
+        stream.apply(view.zero_)
+        if transform is not None and transform.active:
+            made = transform
+            stream.apply(lambda: made.apply(param, view, view))
 
-        Args:
-            used: for each parameter, whether this rank has a gradient.
-            failed: tell the other ranks that this one has none to give.
-        """
+    def _here(self) -> Stream:
+        """The stream that the computation is in; a change of it is noted."""
+        stream = self._device.current()
+        if self._device.queued and stream not in self._streams[-1:]:
+            if self._streams:
+                self._events.append(self._streams[-1].record())
+            self._streams.append(stream)
+        return stream
+
+    def launch(self, priority: int) -> None:
+        """Start the exchange."""
         self.launched = True
         if self._alone:
             return
-        if failed:
-            self._used.fill_(math.nan)
-        elif all(used):
-            self._used.fill_(1)
-        else:
-            self._used.copy_(torch.tensor(used, dtype=self._used.dtype))
-        self.collective.start(priority)
+        after: list[Event] = []
+        if self._device.queued:
+            after = [*self._events, self._here().record()]
+        self.collective.start(priority, after)
 
-    def used_anywhere(self, slot: int) -> bool:
-        """After the exchange: whether any rank had a gradient of the parameter."""
-        return bool(self._used[slot] > 0)
-
-    def failed_anywhere(self) -> bool:
-        """After the exchange: whether a rank had to give up in its backward pass."""
-        return not self._alone and bool(torch.isnan(self._used[0]))
+    def join(self) -> None:
+        """Once the exchange was waited for: let the computation go on with the means."""
+        self.collective.join(self._device.current())
 
     def keepers(self, rank: int, ranks: int) -> list[Keeper]:
         """What this rank keeps of the means, from the next exchange on: of what is coded, what its
@@ -144,7 +159,9 @@ class Bucket:
         share = cut(self.plan.used_offset - coded, rank, ranks)
         found = self.collective.keepers()
         if share.start < share.stop:
-            found.append(Plain(self._region, 0, coded + share.start, coded + share.stop))
+            stream = self._device.current() if self._device.queued else None
+            region = replace(self._region, stream=stream)  # which has joined the exchange
+            found.append(Plain(region, 0, coded + share.start, coded + share.stop))
         return found
 
     def reset(self) -> None:
@@ -152,6 +169,11 @@ class Bucket:
         self.pending = len(self.params)
         self.launched = False
         self.filling = 0
+        self._streams, self._events = [], []
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout is torch.strided else grad.to_dense()
 
 
 def dense_strides(param: Tensor) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class Compression:
             ConfigError: there is no such codec.
         """
         self.config = replace(self.config, codec=name)
-        self.codec = None if name == "none" else codecs.build(name, self._settings)
+        self.codec = None if name == "none" else self._made(name)
 
     def named(self, name: str) -> Codec:
         """The codec of that name, if the deck allows it here.
@@ -60,7 +60,10 @@ class Compression:
         """
         if name == "none" or name not in _served(self.deck):
             raise UserError(f"codec {name} is not that of compress.codec={self.deck.codec}")
-        return codecs.build(name, self._settings)
+        return self._made(name)
+
+    def _made(self, name: str) -> Codec:
+        return codecs.build(name, self._settings, device=self.collectives.device)
 
     @property
     def warm(self) -> bool:

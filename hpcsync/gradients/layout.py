@@ -22,6 +22,7 @@ from . import memory
 from .bucket import Bucket
 from .checks import check_same
 from .compression import Compression, check
+from .flags import BetweenHosts, Flags, InBuckets
 from .plan import BucketPlan, Parameter, arena_bytes, place_buckets, plan_buckets
 
 _MIB = 1 << 20
@@ -45,6 +46,7 @@ class BucketLayout:
         order: indices, in the order in which gradients are expected.
         ordered: whether that order has been seen, not guessed.
         stale: ``settle`` must build anew.
+        flags: of the parameters.
         keepers: what this rank keeps of each step's means, each with its bucket's index, after
             ``keep``; the same tuple as long as the buckets are the same ones.
     """
@@ -64,6 +66,7 @@ class BucketLayout:
         self.ordered = False
         self.stale = False
         self.keepers: tuple[tuple[int, Keeper], ...] = ()
+        self.flags: Flags = InBuckets()
         self._identity: list[tuple[int, torch.dtype]] = []
         self._seen: list[int] = []
         self._keeping = False
@@ -86,25 +89,29 @@ class BucketLayout:
 
         Raises:
             AgreedError: the ranks' parameters differ, or the codec cannot take them.
-            ModelError: a parameter is not in host memory.
+            ModelError: parameters are not all on the device of the collectives.
         """
         wanted = [(name, param) for name, param in named if param.requires_grad]
-        self.names = [name for name, _ in wanted]
-        self.params = [param for _, param in wanted]
-        self._identity = _identity(self.params)
-        check_same(self._collectives.runtime, wanted)
+        check_same(self._collectives.runtime, wanted, self._collectives.device)
         described = [_describe(name, param) for name, param in wanted]
-        remembered = self._remembered()
-        self.described = described
         if (made := self.compression) is not None:
             self._collectives.runtime.agree(check(made.codec, made.config, described))
+        remembered = self._remembered()
+        # Only now: parameters that were refused must be refused again.
+        self.names = [name for name, _ in wanted]
+        self.params = [param for _, param in wanted]
+        self.described = described
+        self._identity = _identity(self.params)
         for bucket in self.buckets:
             bucket.collective.close()
         # Gradients of before keep the old arena alive until they are moved or dropped.
         self.buckets = []
-        self._arena = self._collectives.buffer(
+        self._arena = self._collectives.arena(
             max(arena_bytes(described), 1), pieces=2 * len(wanted)
         )
+        if self._collectives.device.queued and self._collectives.runtime.size > 1:
+            self.flags.close()
+            self.flags = BetweenHosts(self._collectives, len(wanted))
         # Autograd goes from the loss to the front, more or less.
         self.order, self.ordered, self._seen = list(range(len(wanted) - 1, -1, -1)), False, []
         self.build()
@@ -189,6 +196,12 @@ class BucketLayout:
             for bucket in self.buckets
             for keeper in bucket.keepers(runtime.rank, runtime.size)
         )
+
+    def close(self) -> None:
+        """Free the collectives."""
+        for bucket in self.buckets:
+            bucket.collective.close()
+        self.flags.close()
 
     def _remembered(self) -> memory.Pending:
         """What codecs hold back on this node."""

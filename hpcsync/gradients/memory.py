@@ -61,10 +61,11 @@ class Fragment(NamedTuple):
 
 def fragments(buckets: Sequence[Exchanged]) -> Iterator[tuple[int, Fragment]]:
     """What this rank's stores hold, by the parameter's index."""
+    read = _Reader()
     for bucket, held, index, low, high in _overlaps(buckets):
         start = bucket.plan.offsets[bucket.plan.params.index(index)]
         for field in held.store.fields:
-            values = held.store.read(field)[low - held.start : high - held.start]
+            values = read(held, field)[low - held.start : high - held.start]
             scale = held.divisor / held.total
             yield index, Fragment(held.role, field, low - start, values, scale)
 
@@ -80,16 +81,17 @@ def gather(
     In units of the sum that senders code parts of.
     """
     starts = np.concatenate([[0], np.cumsum([param.numel for param in params])])
-    names = sorted({part.field for _, part in fragments(buckets)})
+    names = sorted({field for _, held, *_ in _overlaps(buckets) for field in held.store.fields})
     every = collectives.runtime.allgather_object(names)
     total = {
         field: np.zeros(starts[-1], np.float32)
         for field in sorted({name for each in every for name in each})
     }
+    read = _Reader()
     for bucket, held, index, low, high in _overlaps(buckets):
         at = starts[index] - bucket.plan.offsets[bucket.plan.params.index(index)]
         for field in held.store.fields:
-            values = held.store.read(field)[low - held.start : high - held.start]
+            values = read(held, field)[low - held.start : high - held.start]
             factor = held.divisor if field == ERROR else 1
             total[field][at + low : at + high] += values * np.float32(factor)
     if where == "rail":
@@ -233,6 +235,21 @@ def restore(
     for (which, field), values in fields.items():
         stores[which].store.write(field, values)
     return True
+
+
+class _Reader:
+    """Reads each store once, for all its parameters: one of a device makes the host wait."""
+
+    def __init__(self) -> None:
+        self._last: Held | None = None
+        self._values: dict[str, Floats] = {}
+
+    def __call__(self, held: Held, field: str) -> Floats:
+        if held is not self._last:
+            self._last, self._values = held, {}
+        if field not in self._values:
+            self._values[field] = held.store.read(field)
+        return self._values[field]
 
 
 def _overlaps(

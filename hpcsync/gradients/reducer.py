@@ -1,20 +1,16 @@
 """The reducer: averages gradients over ranks while the backward pass still runs.
 
-    backward   hook(param) -> gradient into its bucket -> bucket complete? -> start its exchange
-    its end    start what is left, wait for all, hand out what only other ranks had
+    prepare    before a forward pass: parameters that changed, buckets in the order that was seen
+    backward   see ``backward``
+    state      what later exchanges depend on, for checkpoints
 
-Autograd calls a hook as soon as a parameter's gradient is final, and a callback at the end of
-the backward pass, so an unchanged training loop finds averaged gradients after ``backward()``.
-
-Parameters that this rank did not use take part with zeros. Each bucket carries one flag a
-parameter, summed with it: a parameter that no rank used keeps ``grad = None``, as it would on
-one rank.
+A backward pass that failed on this rank, and whose exception was caught, is given up when the
+reducer is next asked for something: until then other ranks wait in its exchange.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,16 +21,16 @@ from ..collectives import Collectives
 from ..collectives.coding import Held
 from ..collectives.kept import Keeper
 from ..config import CommConfig
-from ..errors import HpcsyncError, ModelError, UserError
-from ..trace.recorder import DRIVEN, EXPOSED, FILL, now
+from ..errors import UserError
 from . import memory
 from .auto import Auto
-from .bucket import Bucket, Transform
+from .backward import BackwardPass
+from .bucket import Transform
 from .compression import Compression
 from .layout import BucketLayout
 from .norms import total_norm
 from .plan import BucketPlan
-from .stats import StepComm, step_comm
+from .stats import Comm
 
 _MIB = 1 << 20
 
@@ -52,10 +48,9 @@ class Reducer:
 
     Attributes:
         layout: the parameters, and the buckets in force.
-        stats: of the last exchange.
 
     Raises:
-        ModelError: the ranks' parameters differ, or a parameter is not in host memory.
+        ModelError: the ranks' parameters differ, or are not all on the device of the collectives.
     """
 
     def __init__(
@@ -69,19 +64,27 @@ class Reducer:
     ) -> None:
         self._collectives = collectives
         self._compression = compression
-        self.transform = transform
-        self.layout = BucketLayout(collectives, config, compression)
         self._auto: Auto | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._sync = True
-        self._callback = False
-        self._exchanged = self.layout.keepers
-        self.stats = StepComm()
-        # Without a free core a thread beside the backward pass only takes time from it.
-        self._drives = collectives.runtime.crowding * torch.get_num_threads() >= 1
+        self.layout = BucketLayout(collectives, config, compression)
+        self._pass = BackwardPass(self.layout, collectives, self._ended)
+        self.transform = transform
         self._adopt_parameters(named)
         if compression is not None and auto:
             self._auto = Auto(compression, config, self.layout.described)
+
+    @property
+    def stats(self) -> Comm:
+        """What the last exchange cost."""
+        return self._pass.stats
+
+    @property
+    def transform(self) -> Transform | None:
+        """What makes what is exchanged in place of gradients."""
+        return self._pass.transform
+
+    @transform.setter
+    def transform(self, transform: Transform | None) -> None:
+        self._pass.transform = transform
 
     @property
     def codec(self) -> str:
@@ -122,24 +125,25 @@ class Reducer:
     @property
     def syncing(self) -> bool:
         """False inside ``no_sync``."""
-        return self._sync
+        return self._pass.sync
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of backward passes in this context stay local and add up."""
-        before, self._sync = self._sync, False
+        before, self._pass.sync = self._pass.sync, False
         try:
             yield
         finally:
-            self._sync = before
+            self._pass.sync = before
 
     def prepare(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Before a forward pass: take over parameters that joined, left or were (un)frozen, and
         once, after the first exchange, put the buckets into the order seen there.
         """
-        if self._callback:
-            self._abandon()
-        if self._auto is not None and self._sync:
+        if self._pass.under_way and torch._C._current_graph_task_id() != -1:
+            return  # it is computed again for the backward pass, which goes on
+        self._recover()
+        if self._auto is not None and self._pass.sync:
             self._auto.begin_step()
         if self.layout.fits(named):
             self._settle()
@@ -148,10 +152,14 @@ class Reducer:
 
     def close(self) -> None:
         """Take the hooks off the parameters and free the collectives; gradients stay local."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        for bucket in self.layout.buckets:
-            bucket.collective.close()
+        if self._collectives.progress.works:
+            self._recover()
+        self.unhook()
+        self.layout.close()
+
+    def unhook(self) -> None:
+        """Be told of no gradient any more, and be referred to by no parameter."""
+        self._pass.unhook()
 
     def norm(self) -> Tensor:
         """Global 2-norm of all gradients, a float32 scalar (float64 if any gradient is); the same
@@ -181,6 +189,7 @@ class Reducer:
 
     def settled_state(self) -> dict[str, Any]:
         """``state_dict`` without ``held``; collective."""
+        self._recover()
         self._settle()  # the next step would, and the state is of the layout it begins with
         layout = self.layout
         return {
@@ -224,6 +233,7 @@ class Reducer:
         Raises:
             AgreedError: the state is of other parameters.
         """
+        self._recover()
         problem: UserError | None = None
         if not {*state["order"], *names} <= set(self.layout.names):
             problem = UserError("exchange state: it belongs to a model of other parameters")
@@ -234,7 +244,7 @@ class Reducer:
         if self._compression is not None and state["compression"]:
             self._compression.load_state(state["compression"])
         self.layout.restore(state["order"])
-        self._begin()
+        self._pass.begin()
 
     @property
     def compression(self) -> Compression | None:
@@ -264,8 +274,9 @@ class Reducer:
     def keepers(self) -> tuple[tuple[int, Keeper], ...]:
         """What this rank keeps of each step's means, each with its bucket's index, after ``keep``;
         the same tuple as long as the buckets are the same ones."""
-        assert self._exchanged is self.layout.keepers, "the buckets changed since the exchange"
-        return self._exchanged
+        kept = self._pass.exchanged
+        assert kept is self.layout.keepers, "the buckets changed since the exchange"
+        return kept
 
     def keep(self) -> None:
         """Keep what a replay log needs, from the next exchange on."""
@@ -277,13 +288,14 @@ class Reducer:
         Args:
             states: ``held`` of some of that job's ranks: each of them on one rank of this one.
         """
+        self._recover()
         layout = self.layout
         sums = memory.Sums(layout.described)
         for held in states:
             sums.add(held)
         pending = sums.over(self._collectives.runtime)
         layout.build()
-        self._begin()
+        self._pass.begin()
         if self._compression is not None:
             topology = self._collectives.topology
             everybody = self._compression.config.where == "all"
@@ -292,160 +304,28 @@ class Reducer:
 
     def _adopt_parameters(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         self.layout.adopt(named)
-        self._begin()
-        self._ready: list[int] = []
-        while self._hooks:
-            self._hooks.pop().remove()
-        for index, param in enumerate(self.layout.params):
-            hook = _Hook(self, index)
-            handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._hooks.append(handle)
+        self._pass.begin()
+        self._pass.hook()
+
+    def _recover(self) -> None:
+        """Give up a backward pass that ended in an exception; other ranks wait in its exchange."""
+        if self._pass.under_way:
+            self._pass.abandon()
 
     def _settle(self) -> None:
         """Lay the buckets out as the next step has them."""
         if self.layout.settle():
-            self._begin()
-
-    def _begin(self) -> None:
-        """Forget the last exchange."""
-        self._used = [False] * len(self.layout.params)
-        self._came = [False] * len(self.layout.params)
-        self._callback = False
-        self._driven_ns = 0  # that the computing thread spent on rounds of the exchange
-        for bucket in self.layout.buckets:
-            bucket.reset()
-
-    def on_gradient(self, index: int) -> None:
-        """A parameter's gradient is final for this backward pass."""
-        bucket, slot = self.layout.place[index]
-        if bucket.launched or (self._sync and self._came[index]):
-            self._late(index)
-        with torch.no_grad():
-            bucket.adopt(slot, self.transform if self._sync else None)
-        self._used[index] = True
-        if not self._sync:
-            return
-        if not self._callback:
-            self._callback = True
-            self._collectives.recorder.count_step()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self._came[index] = True
-        if not self.layout.ordered:
-            self._ready.append(index)
-        if bucket.pending == len(bucket.params):
-            bucket.filling = now()
-        bucket.pending -= 1
-        if bucket.pending == 0 and self.layout.config.overlap:
-            self._launch(bucket)
-        if self._drives:
-            start = now()
-            if self._collectives.progress.drive():
-                ended = now()
-                self._collectives.recorder.add(DRIVEN, start, ended)
-                self._driven_ns += ended - start
-
-    def _late(self, index: int) -> None:
-        raise ModelError(
-            f"parameter {self.layout.names[index]} got a gradient twice in one backward pass, "
-            "after its exchange could have begun; use checkpoint(..., use_reentrant=False), or "
-            "wrap all backward passes but the last in no_sync()"
-        )
-
-    def _launch(self, bucket: Bucket) -> None:
-        used = [self._used[index] for index in bucket.plan.params]
-        if bucket.filling:
-            recorder = self._collectives.recorder
-            recorder.add(FILL, bucket.filling, now(), bucket.plan.nbytes, bucket.plan.index)
-        # Later buckets hold the layers at the front, which the next step needs first.
-        priority = -bucket.plan.index if self.layout.config.priority else 0
-        bucket.launch(used, priority)
-
-    def _finish(self) -> None:
-        """The backward pass has ended: start what is left and wait for everything.
-
-        Raises:
-            HpcsyncError: another rank's backward pass failed, so there is no mean.
-        """
-        with torch.no_grad():
-            for bucket in self.layout.buckets:
-                if not bucket.launched:
-                    self._fill_unused(bucket)
-                    self._launch(bucket)
-            recorder, start = self._collectives.recorder, now()
-            recorder.joined = start
-            for bucket in self.layout.buckets:
-                bucket.collective.wait()
-            ended = now()
-            recorder.add(EXPOSED, start, ended)
-            began, waited = start / 1e9, (ended - start) / 1e9
-            self.stats = step_comm(
-                [bucket.collective for bucket in self.layout.buckets], waited, self._driven_ns / 1e9
-            )
-            self._exchanged = self.layout.keepers
-            failed = any(bucket.failed_anywhere() for bucket in self.layout.buckets)
-            for index, used in enumerate(self._used):
-                bucket, slot = self.layout.place[index]
-                if not used and self._collectives.runtime.size > 1 and bucket.used_anywhere(slot):
-                    self.layout.params[index].grad = bucket.views[slot]
-        self._ended(began)
-        if failed:
-            raise HpcsyncError(
-                "the backward pass of another rank raised an exception and was given up there; "
-                "the gradients of this step are not a mean over all ranks"
-            )
+            self._pass.begin()
 
     def _ended(self, began: float) -> None:
         """An exchange is over, given up or not: all ranks count it, and agree on what follows."""
-        if not self.layout.ordered:
-            self.layout.follow(self._ready)
+        layout = self.layout
+        layout.flags.ended()
+        if not layout.ordered:
+            layout.follow(self._pass.ready)
         if self._compression is not None and self._compression.stepped():
-            self.layout.stale = True
-        if self._auto is not None and self._auto.finish_step(
-            self.layout.buckets, self.layout.order, self.stats, began
-        ):
-            self.layout.config = self._auto.comm
-            self.layout.stale = True
-        self._begin()
-
-    def _abandon(self) -> None:
-        """The last backward pass ended in an exception that somebody caught.
-
-        Other ranks wait for what this one did not start. It starts that, marked as void, so that
-        they can go on, or tell.
-        """
-        with torch.no_grad():
-            for bucket in self.layout.buckets:
-                if not bucket.launched:
-                    bucket.launch([False] * len(bucket.params), 0, failed=True)
-            for bucket in self.layout.buckets:
-                bucket.collective.wait()
-        for param in self.layout.params:
-            param.grad = None
-        self._ended(time.perf_counter())
-
-    def _fill_unused(self, bucket: Bucket) -> None:
-        """Parameters without a gradient of this rank take part with zeros."""
-        for slot, index in enumerate(bucket.plan.params):
-            if self._came[index]:
-                continue
-            if bucket.params[slot].grad is None:
-                view = bucket.views[slot].zero_()
-                if self.transform is not None and self.transform.active:
-                    self.transform.apply(bucket.params[slot], view, view)
-                self._used[index] = False  # it was, in a no_sync whose gradients were dropped
-            else:  # left from before, or set by the user: it counts
-                bucket.adopt(slot, self.transform)
-                self._used[index] = True
-
-
-class _Hook:
-    """Calls the reducer for one parameter; a name, so that profiles show it."""
-
-    __slots__ = ("_index", "_reducer")
-
-    def __init__(self, reducer: Reducer, index: int) -> None:
-        self._reducer = reducer
-        self._index = index
-
-    def __call__(self, param: Tensor) -> None:
-        self._reducer.on_gradient(self._index)
+            layout.stale = True
+        if self._auto is not None and self._auto.finish_step(layout, self.stats, began):
+            layout.config = self._auto.comm
+            layout.stale = True
+        self._pass.begin()
