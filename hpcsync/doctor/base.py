@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+import itertools
 import os
 import shlex
 import shutil
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import children
+from ..children import Answer
 from ..config import Config
-from . import children, oldest
-from .children import Answer
+from ..device_probe.attempt import DEVICE
+from . import oldest
 from .place import Place
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -95,6 +98,7 @@ class System:
         user: effective user id.
         debug: whether to show where a check failed itself.
         takes_packages: whether pip is here, and may install into this Python.
+        device: the class of the GPUs that are tried.
     """
 
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -108,6 +112,7 @@ class System:
     user: int = field(default_factory=os.geteuid)
     debug: bool = False
     takes_packages: bool = field(default_factory=lambda: _takes_packages())
+    device: str = DEVICE
 
     @property
     def place(self) -> Place:
@@ -155,10 +160,22 @@ class System:
         return children.call(command, env, limit_s or self.limit_s, text)
 
     def again(self, *words: str) -> str:
-        """This command with ``words`` behind it, in place of others of the same key."""
+        """This command with ``words`` behind it, in place of others of the same key or option."""
         keys = {word.partition("=")[0] for word in words if "=" in word}
-        kept = [word for word in self.command if word.partition("=")[0] not in keys]
+        pairs = itertools.pairwise([*words, "--"])
+        valued = {one for one, two in pairs if one.startswith("--") and not two.startswith("--")}
+        keys |= {word for word in words if word.startswith("--")}
+        kept = [
+            word
+            for before, word in zip(("", *self.command), self.command, strict=False)
+            if word.partition("=")[0] not in keys and before not in valued
+        ]
         return shlex.join([*kept, *words])
+
+    @property
+    def longer(self) -> str:
+        """This command with more time for each check."""
+        return self.again("--limit", f"{max(300.0, 5 * self.limit_s):g}")
 
     def pip(self, *words: str) -> str:
         """The command that has pip install something into this environment, or makes another."""

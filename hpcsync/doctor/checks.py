@@ -6,9 +6,9 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
-from . import machine, mpi, software, storage
+from ..children import Answer, last_line
+from . import gpu, machine, mpi, software, storage
 from .base import Check, Finding, Scope, System, fail
-from .children import Answer, last_line
 from .signals import signals
 from .slurm import slurm
 
@@ -16,7 +16,9 @@ CHECKS = (
     Check("python", Scope.NODE, software.python),
     Check("packages", Scope.NODE, software.packages),
     Check("torch", Scope.NODE, software.torch),
-    Check("gpu_mpi", Scope.NODE, mpi.device_memory),
+    Check("gpu", Scope.NODE, gpu.device),
+    Check("gpu_ipc", Scope.NODE, gpu.sharing),
+    Check("gpu_mpi", Scope.NODE, gpu.mpi),
     Check("kernels", Scope.NODE, software.kernels),
     Check("hosts", Scope.NODE, machine.host),
     Check("shm", Scope.NODE, machine.shm),
@@ -32,8 +34,9 @@ CHECKS = (
 JOINED = ("mpi", "mpirun", "launch")
 COMPARED = ("nodes", "alike", "cores")
 ORDER = (
-    *("python", "packages", "torch", *JOINED, "gpu_mpi", "kernels", "hosts", "nodes", "alike"),
-    *("cores", "shm", "limits", "folder", "hdf5", "clock", "environment", "slurm", "signals"),
+    *("python", "packages", "torch", *JOINED, "gpu", "gpu_ipc", "gpu_mpi", "kernels", "hosts"),
+    *("nodes", "alike", "cores", "shm", "limits", "folder", "hdf5", "clock", "environment"),
+    *("slurm", "signals"),
 )
 
 

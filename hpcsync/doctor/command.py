@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import config as configs
+from .. import output
 from ..errors import UserError
 from ..wording import suggest
 from . import checks, examine, report
 from .base import System
+from .place import Place
+
+_PATIENCE_S = 3.0
 
 
 def run(argv: Sequence[str]) -> int:
     """Make the checks and print the report on rank 0; the exit status."""
-    parser = make_parser()
-    options = parser.parse_intermixed_args(argv)
-    system = System(limit_s=options.limit)
+    output.last()
+    first = Place.find(os.environ).rank == 0
     try:
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+            options = make_parser().parse_intermixed_args(argv)
         names = _names(options.only)
         config = _config(options.words)
-        system = System(limit_s=options.limit, config=config, debug=options.debug)
+        _check_folder()
     except UserError as error:
-        if system.place.rank == 0:
-            print(f"hpcsync: error: {error}", file=sys.stderr)
+        _tell(error)
         return 2
+    system = System(limit_s=options.limit, config=config, debug=options.debug)
     try:
         found = examine.examine(system, names)
     except KeyboardInterrupt:
@@ -35,12 +45,37 @@ def run(argv: Sequence[str]) -> int:
     if found is None:
         return 0
     print(report.document(found) if options.json else report.render(found), flush=True)
-    return found.exit_status
+    return found.exit_status if output.end() else 1
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _tell(error: UserError) -> None:
+    """Once: rank 0's end ends the others, unless it sees no error where they do."""
+    place = Place.find(os.environ)
+    if place.rank:
+        time.sleep(_PATIENCE_S)
+    if place.local_rank == 0:
+        print(f"hpcsync: error: {error}", file=sys.stderr)
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder cannot be read ({error.strerror}): it was removed, or its file "
+            "system is gone; cd to one that is there"
+        ) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # Raised rather than printed: N ranks would print it N times.
+        raise UserError(f"command line: {message}; --help lists what there is")
+
+
+def make_parser() -> _Parser:
     """What there is to choose."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m hpcsync.doctor",
         description="Tell what is wrong here, and the command that mends it: on a laptop, a login "
         "node, or under mpirun or srun, where rank 0 reports for all.",
@@ -51,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="DECK|key=value",
-        help="as for hpcsync.train: run.dir and comm.node_transport are looked at",
+        help="as for hpcsync.train: run.dir and comm.transport.node are looked at",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(

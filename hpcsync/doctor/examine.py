@@ -10,9 +10,9 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from ..children import Answer
 from . import checks, facts, ranks, storage
 from .base import Finding, Status, System
-from .children import Answer
 from .facts import Facts
 from .mpi import configured
 from .report import Report, merge

@@ -12,6 +12,7 @@ from .. import __version__
 from ..binding import own_cores
 from ..launch import container_quota, machine
 from .base import System
+from .software import gpu_count
 
 _COMPARED = ("torch", "mpi4py", "numpy", "h5py")
 
@@ -30,6 +31,7 @@ class Facts:
         versions: by name.
         prefix: the Python environment.
         clocks: this host's time at moments that were the same for all ranks.
+        gpus: names that no other GPUs have, of those that this process sees.
         sees: whether it finds the file that rank 0 has put into the run folder.
     """
 
@@ -44,6 +46,7 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     clocks: Sequence[float] = ()
+    gpus: Sequence[str] = ()
     sees: bool = True
 
 
@@ -68,6 +71,7 @@ def gather(system: System) -> Facts:
         threads=int(threads) if threads.isdigit() else 0,
         versions=versions,
         prefix=str(system.prefix),
+        gpus=system.probe("gpus").data().get("gpus", []) if gpu_count(system) else [],
     )
 
 

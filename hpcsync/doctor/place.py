@@ -13,8 +13,6 @@ _LAUNCHERS = (
     ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
-# What tells an MPI library that it was started by a launcher.
-_STRANGERS = ("OMPI_COMM_", "OMPI_UNIVERSE", "PMIX_", "PRTE_LAUNCHED", "PMI_", "PALS_", "SLURM_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +53,6 @@ class Place:
         if self.job:
             return f"the batch shell{job} on {host}"
         return f"{host}, a machine with Slurm, outside any job" if slurm else host
-
-
-def alone(env: Mapping[str, str]) -> dict[str, str]:
-    """``env`` less all that a launcher put there: for a child that is no rank of the job."""
-    return {name: value for name, value in env.items() if not name.startswith(_STRANGERS)}
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..topology import Topology
-from . import cores, storage
+from . import cores, gpu, storage
 from .base import Finding, System, fail, good, warn
 from .facts import Facts
 from .mpi import start
@@ -30,6 +30,7 @@ def judge(system: System, every: Sequence[Facts]) -> Iterator[tuple[list[int], F
             *_names(system, every, hosts),
             *_alike(every, hosts),
             *_shared(system, every),
+            *gpu.shared(system, every),
         ):
             yield everyone, found
         yield from ((everyone, found) for found in _clocks(every))

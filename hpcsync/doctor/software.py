@@ -8,13 +8,16 @@ import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 
+from .. import cuda_state
+from ..children import Answer, last_line
 from . import oldest
 from .base import PACKAGE, Finding, System, fail, good, result, warn
-from .children import Answer, last_line
 
 # Where torch's builds for older CUDA drivers are; the oldest that torch 2.11 is built for.
 _OLDER_CUDA = "https://download.pytorch.org/whl/cu126"
 _UNSEEN = ("", "-1", "NoDevFiles")
+# The vendor's number on the PCI bus, and the classes of devices that show pictures or compute.
+_NVIDIA, _COMPUTES = "0x10de", ("0x0300", "0x0302")
 
 
 def python(system: System) -> Iterator[Finding]:
@@ -110,6 +113,7 @@ def torch(system: System) -> Iterator[Finding]:
 def _devices(system: System, told: dict[str, object]) -> Iterator[Finding]:
     gpus = gpu_count(system)
     if not gpus:
+        yield from _without_driver(system)
         return
     here = "a GPU is here" if gpus == 1 else f"{gpus} GPUs are here"
     if not told["cuda"]:
@@ -122,7 +126,7 @@ def _devices(system: System, told: dict[str, object]) -> Iterator[Finding]:
         yield warn(
             "torch.hidden",
             f"{here}, but CUDA_VISIBLE_DEVICES hides them; in a Slurm job that asked for none, ask "
-            "by --gpus-per-task=1",
+            "by --gpus-per-task=1 --gpu-bind=none",
             "unset CUDA_VISIBLE_DEVICES",
         )
     elif not told["available"]:
@@ -136,9 +140,56 @@ def _devices(system: System, told: dict[str, object]) -> Iterator[Finding]:
         major = str(told["cuda"]).partition(".")[0]
         yield warn(
             "torch.cupy",
-            "CuPy is missing, which compiles the codecs' GPU kernels",
+            "CuPy is missing, which compiles the GPU kernels",
             system.pip(f"cupy-cuda{major}x"),
         )
+    elif told.get("problem_of_cupy"):
+        yield from _other_cupy(system, str(told["problem_of_cupy"]))
+    else:
+        yield from _modes(system, told.get("modes"))
+
+
+def _without_driver(system: System) -> Iterator[Finding]:
+    """A GPU on the bus that no driver answers for."""
+    for device in sorted(system.at("/sys/bus/pci/devices").glob("*")):
+        vendor, kind = ((device / name).read_text() for name in ("vendor", "class"))
+        if vendor.strip() == _NVIDIA and kind.startswith(_COMPUTES):
+            tool = "apt-get" if system.which("apt-get") else "dnf"
+            yield warn(
+                "torch.no_driver",
+                f"an NVIDIA GPU is in this machine ({device.name}), but no driver is loaded: runs "
+                "compute on the CPU (for the administrator)",
+                f"{system.sudo}{tool} install -y nvidia-driver",
+            )
+            return
+
+
+def _other_cupy(system: System, problem: str) -> Iterator[Finding]:
+    """The problem holds its command, for the pip of any environment."""
+    why, _, rest = problem.partition(": `")
+    commands = [each.strip().removeprefix("pip ") for each in rest.partition("`")[0].split("&&")]
+    fix = " && ".join(f"{shlex.quote(system.python)} -m pip {each}" for each in commands)
+    yield warn("torch.other_cupy", why, fix if system.takes_packages else system.pip())
+
+
+def _modes(system: System, modes: object) -> Iterator[Finding]:
+    """Compute modes in which a GPU refuses processes."""
+    for index, mode in enumerate(modes if isinstance(modes, list) else []):
+        fix = f"{system.sudo}nvidia-smi -i {index} -c DEFAULT"
+        if mode == cuda_state.EXCLUSIVE:
+            yield warn(
+                "torch.exclusive",
+                f"GPU {index} is in exclusive mode: one process at a time may use it, so ranks "
+                "cannot share it, and what it can do cannot be tried beside a run: gradients are "
+                "staged through the host's memory, which is slower",
+                fix,
+            )
+        elif mode == cuda_state.PROHIBITED:
+            yield warn(
+                "torch.prohibited",
+                f"GPU {index} is in prohibited mode: nothing may compute on it",
+                fix,
+            )
 
 
 def gpu_count(system: System) -> int:
@@ -162,6 +213,9 @@ def kernels(system: System) -> Iterator[Finding]:
         why, _, command = missing.partition("; install")
         run = command.partition("run: ")[2] if system.takes_packages else system.pip()
         yield warn("kernels.missing", why, _compiler(system) + run)
+    elif answer.status is None:
+        why = f"the native kernels: trying them {answer.how()}: they may be slow to load only"
+        yield fail("kernels.slow", why, system.longer)
     elif not answer.ok or not told.get("right"):
         how = "add wrongly" if answer.ok else f"do not run here: {_verb(answer)}"
         package = ["-e", str(PACKAGE.parent)] if (PACKAGE.parent / "setup.py").is_file() else []

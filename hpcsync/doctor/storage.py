@@ -66,6 +66,10 @@ def hdf5(system: System) -> Iterator[Finding]:
     place = told.get("place", wanted(system))
     again = system.pip("--force-reinstall", "--no-deps", "h5py")
     unlocked = system.env.get("HDF5_USE_FILE_LOCKING", "").upper() in ("FALSE", "0", "BEST_EFFORT")
+    if "version" not in told and answer.status is None:
+        why = f"h5py: importing it {answer.how()}: it may be slow to load only"
+        yield fail("hdf5.slow", why, system.longer)
+        return
     if "version" not in told:
         yield fail("hdf5.broken", f"h5py: {answer.how()}", absent(system, answer.err) or again)
         return

@@ -1,8 +1,8 @@
 """What a rank computes and moves: a matrix product and a copy, on the device that it would use.
 
-A rate is the best of several windows. Each window is longer than the period by which a quota of
-processor time is given out, so that a quota shows in all of them; a moment in which the system did
-something else shows in one.
+A rate is the best of several windows, of as many as it takes until the two best are near each
+other. Each window is longer than the period by which a quota of processor time is given out, so
+that a quota shows in all of them; what the system did for somebody else shows in some.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-_WINDOWS = 2
+from .wire import wants_more
+
 _WINDOW_S = 0.2
 _WARM = 2  # calls that do not count
 
@@ -92,18 +93,28 @@ class Bench:
         self._operations = 2.0 * size.rows**3
         self._moved = 2.0 * size.nbytes
 
-    def measure(self, windows: int = _WINDOWS, window_s: float = _WINDOW_S) -> Rates:
-        """The best of several windows of either kind, in turns."""
-        product = memory = 0.0
+    def measure(self, window_s: float | None = None, agree: Callable[[bool], bool] = bool) -> Rates:
+        """The best of several windows of either kind, in turns.
+
+        Args:
+            agree: whether another window is measured, from whether this rank wants one: ranks that
+                share a memory would find more of it once the others have stopped.
+        """
+        window_s = window_s or _WINDOW_S
+        products: list[float] = []
+        memories: list[float] = []
         wrong = 0
-        for _ in range(windows):
-            product = max(
-                product, self._operations * self._calls_a_second(self._multiply, window_s)
-            )
+        while agree(wants_more(products) or wants_more(memories)):
+            products.append(self._calls_a_second(self._multiply, window_s))
             wrong += not torch.equal(self._product, self._first)
-            memory = max(memory, self._moved * self._calls_a_second(self._copy, window_s))
-        checksum = zlib.crc32(self._first.cpu().numpy().data)
-        return Rates(product, memory, wrong, str(self._device), checksum)
+            memories.append(self._calls_a_second(self._copy, window_s))
+        return Rates(
+            self._operations * max(products),
+            self._moved * max(memories),
+            wrong,
+            str(self._device),
+            zlib.crc32(self._first.cpu().numpy().data),
+        )
 
     def _multiply(self) -> None:
         torch.matmul(self._left, self._right, out=self._product)

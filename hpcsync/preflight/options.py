@@ -10,6 +10,7 @@ from ..config import CommConfig
 from ..errors import UserError
 
 SLOW = 0.8
+_MOST_THREADS = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +76,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("seconds", "timeout"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name}: must be above 0, not {getattr(options, name):g}")
-    if options.ranks_per_node < 0 or options.threads < 0:
-        parser.error("--ranks-per-node and --threads: must be 0 or more")
+    if options.ranks_per_node < 0:
+        parser.error("--ranks-per-node: must be 0 or more")
+    if not 0 <= options.threads <= _MOST_THREADS:
+        parser.error(f"--threads: must be from 0 to {_MOST_THREADS}")
     return options

@@ -21,12 +21,10 @@ from ..device.base import Array
 from ..runtime import Runtime
 from . import turns
 from .compute import Bench, Rates, device_of
-from .wire import Between, Fault, Stalled, Wire
+from .wire import Between, Fault, Stalled, Wire, wants_more
 
 _IN_NODE, _BETWEEN_NODES = 16 << 20, 64 << 20  # bytes of the largest transfer
 _SILENT = 0.5  # of the job's limit: time for a rank to come back before the others give it up
-_FEWEST_LOOKS, _MOST_LOOKS = 2, 6  # at all ranks together
-_NEAR = 1.03  # the two best looks, when that is enough
 _PATTERN = 251  # a prime, so that a message that went elsewhere does not look right
 
 
@@ -127,11 +125,18 @@ class Survey:
             runtime.barrier()
             if turn == shift[self._node]:
                 runtime.wait(self._node_comm.Ibarrier())
-                mine = bench.measure()
+                mine = bench.measure(agree=self._anybody)
         found: list[Rates] = runtime.allgather_object(mine)
         if before:
             found = [now.better(then) for now, then in zip(found, before, strict=True)]
         return found
+
+    def _anybody(self, wants: bool) -> bool:
+        """Whether a rank of this node wants something."""
+        wanted = np.array([wants], np.int64)
+        total = np.empty_like(wanted)
+        self._runtime.wait(self._node_comm.Iallreduce(wanted, total))
+        return bool(total[0])
 
     def in_nodes(self) -> Level:
         """Ranks of a node, in pairs and together."""
@@ -208,7 +213,7 @@ class Survey:
         collectives = Collectives(runtime, CommConfig(node_transport="mpi_host"))
         transport = collectives.node if name == "node" else collectives.rail
         costs: list[LinkCost] = []
-        while len(costs) < _FEWEST_LOOKS or (len(costs) < _MOST_LOOKS and not _settled(costs)):
+        while wants_more([1 / max(cost.wire_s, 1e-15) for cost in costs]):
             check = _Filled(runtime.rank)
             costs.append(probe_link(runtime, collectives.progress, transport, check))
             for faults, looks in runtime.allgather_object((check.faults, check.looks)):
@@ -216,12 +221,6 @@ class Survey:
                 level.transfers += looks
         latency_s = sorted(cost.latency_s for cost in costs)[len(costs) // 2]
         return replace(min(costs, key=lambda cost: cost.wire_s), latency_s=latency_s)
-
-
-def _settled(costs: Sequence[LinkCost]) -> bool:
-    """Whether the best look was no single one; the same on all ranks, as the costs are."""
-    best, second, *_ = sorted(cost.wire_s for cost in costs)
-    return second <= _NEAR * best
 
 
 class _Filled:

@@ -5,23 +5,14 @@ Each prints lines of JSON; the last value of a key counts. Where one ends says h
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import json
 import os
-import signal
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from ...children import end_with_parent, tell
 
-# Whoever started a probe may be killed, with the job or by Ctrl-C: nothing stays behind.
-with contextlib.suppress(OSError, AttributeError):
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+__all__ = ["nearest", "tell"]
 
-
-def tell(**facts: object) -> None:
-    """Print a line of JSON, at once: the next step may be the last."""
-    print(json.dumps(facts), flush=True)
+end_with_parent()
 
 
 def nearest(folder: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...device import get, kernels
+from ...device import host, kernels
 from ...device.base import dtype_of
 from . import tell
 
@@ -15,7 +15,7 @@ def main() -> None:
     tell(missing=kernels.missing(), isa=loaded.isa if loaded else "")
     ones = np.ones(4096, np.float32)
     out = np.empty_like(ones)
-    get("cpu").reduce([out], [ones, ones], dtype_of("float32"))
+    host().reduce([out], [ones, ones], dtype_of("float32"))
     tell(right=bool((out == 2).all()))
 
 

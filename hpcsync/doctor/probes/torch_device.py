@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 
+from ... import cuda_state
 from . import tell
 
 
@@ -21,6 +22,10 @@ def main() -> None:
     complaint = str(said[0].message).partition("\n")[0] if said else ""
     cupy = importlib.util.find_spec("cupy") is not None
     tell(available=available, names=names, complaint=complaint, cupy=cupy)
+    tell(driver=cuda_state.driver_version())
+    if cuda_state.driver_version():
+        state = cuda_state.look()
+        tell(modes=[gpu.mode for gpu in state.gpus], problem_of_cupy=cuda_state.of_cupy(state))
 
 
 if __name__ == "__main__":
