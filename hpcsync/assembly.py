@@ -19,15 +19,17 @@ from .binding import Place
 from .checkpoint import random_state
 from .collectives import saved_costs
 from .config import CompressConfig, Config, dump
+from .conflicts import REPLAY_LOG
 from .data import Sampler, Source
-from .device import kernels
-from .engine import Engine, ExhaustedError, compile_model, memory_errors
+from .device import Device, kernels
+from .engine import Engine
 from .errors import DataError, UserError
+from .exhausted import ExhaustedError, memory_errors
 from .launch import Runtime
 from .observers.trace import Traces
 from .onebit_adam import OneBitAdam
 from .optimizers import make_optimizer
-from .parallel import DataParallel
+from .parallel import DataParallel, placement
 from .stopping import StoppedError, StopSignals
 
 T = TypeVar("T")
@@ -150,7 +152,8 @@ def assemble(
     random_state.seed(config.run.seed)  # alike on all ranks, as their data and models must be
     source = together(runtime, signals, "data", lambda: data.build(config))
     _check_same(runtime, source)
-    model = together(runtime, signals, "model", lambda: _build_model(config, source))
+    device = _device(runtime, config, signals)
+    model = together(runtime, signals, "model", lambda: _build_model(config, source, device))
     places = binding.agree_on_places(runtime, model, share=config.topology.share_devices)
     # The other ranks get rank 0's weights with the buckets.
     given = config.model.init_from if fresh and runtime.rank == 0 else ""
@@ -169,7 +172,7 @@ def assemble(
     if isinstance(optimizer, OneBitAdam):
         parallel.reducer.transform = optimizer.momentum
     if train.compile:
-        compile_model(model)
+        models.compile_model(model)
     random_state.seed(data.step_seed(config.run.seed, 0, runtime.rank))
     return Parts(
         source=source,
@@ -177,8 +180,35 @@ def assemble(
         origin=origin,
         places=places,
         parallel=parallel,
-        engine=Engine(model, optimizer, parallel, train, parallel.collectives.recorder),
+        engine=Engine(
+            model,
+            optimizer,
+            parallel,
+            train,
+            parallel.collectives.recorder,
+            parallel.collectives.device,
+        ),
     )
+
+
+def _device(runtime: Runtime, config: Config, signals: StopSignals) -> Device:
+    """What this rank computes on; collective.
+
+    Raises:
+        AgreedError: it cannot be used, or not for all that the deck wants.
+    """
+    share = config.topology.share_devices
+    name, index = binding.choose(runtime, config.train.device, share=share)
+    device = together(runtime, signals, "device", lambda: placement.get(name, index))
+    device.profiled = config.trace.nvtx
+    problem: UserError | None = None
+    if device.queued and config.checkpoint.replay_log:
+        problem = UserError(
+            f"checkpoint.replay_log: it logs gradients in host memory, and this run computes on "
+            f"{device.name}, where each step would wait for it; {REPLAY_LOG}"
+        )
+    runtime.agree(problem)
+    return device
 
 
 def traces(config: Config, parts: Parts, run_id: str) -> Traces:
@@ -217,9 +247,11 @@ def _compress(config: Config) -> CompressConfig:
     return replace(config.compress, warmup=max(config.compress.warmup, config.train.freeze))
 
 
-def _build_model(config: Config, source: Source) -> nn.Module:
+def _build_model(config: Config, source: Source, device: Device) -> nn.Module:
     torch.manual_seed(config.run.seed)
-    model = models.build(config.model, source)
+    model = models.build(config.model, source)  # on the host: the same weights on every device
+    if device.queued:
+        model.to(torch.device(device.name, device.index))
     if config.train.activation_checkpointing:
         models.checkpoint_activations(model)
     return model
@@ -253,10 +285,11 @@ def describe(runtime: Runtime, config: Config, parts: Parts) -> list[tuple[str, 
         mpi=launch.mpi_library(),
         threads=launch.thread_level(),
         devices=(
-            f"{parts.engine.device.type} (this version computes on CPUs only), {threads} a rank, "
-            f"torch {torch.__version__}, {native.isa if native else 'no'} kernels"
+            f"{parts.engine.streams.describe()}, {threads} a rank, torch {torch.__version__}, "
+            f"{native.isa if native else 'no'} kernels"
         ),
         transports=parts.parallel.collectives.describe_transports(),
+        tried=parts.parallel.collectives.tried,
         buckets=parts.parallel.reducer.buckets_description(),
         algorithm=parts.parallel.reducer.algorithm,
     )

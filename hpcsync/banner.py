@@ -11,6 +11,7 @@ from .topology import Topology
 from .wording import ranges
 
 _NODES_SHOWN = 4
+_NOBODY = "none: one rank has nobody to exchange with"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,7 @@ class Machine:
         threads: thread level that MPI gave.
         devices: what computes, in words.
         transports: level -> transport.
+        tried: when it was found out what the device can do, in words; empty if that is certain.
         buckets: the plan of buckets, in words.
         algorithm: how gradients are summed.
     """
@@ -32,6 +34,7 @@ class Machine:
     transports: Mapping[str, str]
     buckets: str
     algorithm: str
+    tried: str = ""
 
 
 def render(rows: Sequence[tuple[str, str]]) -> str:
@@ -55,7 +58,7 @@ def machine_rows(topology: Topology, machine: Machine, config: Config) -> list[t
         ("nodes", nodes(topology)),
         ("MPI", f"{name}, {machine.threads}\n{path}"),
         ("devices", machine.devices),
-        ("transports", levels or "none: one rank has nobody to exchange with"),
+        ("transports", "\n".join(filter(None, (levels or _NOBODY, machine.tried)))),
         ("exchange", f"{machine.algorithm}, {when}"),
         ("codec", codec(config, topology)),
         ("buckets", machine.buckets),

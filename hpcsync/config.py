@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import conflicts, intervals, schema
 from . import deck as decks
-from . import intervals, schema
 from .errors import ConfigError
 from .schema import Key
 from .sections import (
@@ -95,19 +95,28 @@ def load(deck: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
 
 
 def loads(text: str, label: str, overrides: Sequence[str] = ()) -> Config:
-    """As ``load``, of a deck's text, which extends no other; ``label`` stands in messages."""
+    """As ``load``, of a deck's text that ``dump`` wrote, maybe long ago; ``label`` stands in
+    messages."""
     problems: list[str] = []
-    return _resolve([decks.parse(text, label, problems)], overrides, problems)
+    return _resolve([decks.parse(text, label, problems)], overrides, problems, old_names=True)
 
 
-def _resolve(sources: list[decks.Source], overrides: Sequence[str], problems: list[str]) -> Config:
+def _resolve(
+    sources: list[decks.Source],
+    overrides: Sequence[str],
+    problems: list[str],
+    *,
+    old_names: bool = False,
+) -> Config:
     sources = [*sources, *decks.read_overrides(overrides, problems)]
     values: dict[str, Any] = {}
     cited: dict[str, str] = {}
     # A contradiction is told only where all was read right, or the wrong key might be blamed.
     doubtful = {"*"} if problems else set()
     for source in sources:
-        checked, faults = schema.check_table(Config, source.table, source.typed)
+        checked, faults = schema.check_table(
+            Config, source.table, source.typed, old_names=old_names
+        )
         for path, text in sorted(faults, key=lambda fault: source.line(fault.path)):
             problems.append(f"{source.where(path)}: {dotted(path)}: {text}")
             doubtful.add(path[0] if len(path) > 1 else "*")
@@ -189,6 +198,7 @@ def _contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         intervals.parse(config.checkpoint.every)
     except ValueError as error:
         yield (("checkpoint.every",), str(error))
+    yield from conflicts.found(train.device, comm, config.checkpoint)
     for name in ("algorithm", "rail_algorithm"):
         if comm.reproducible and getattr(comm, name) == "native":
             yield (

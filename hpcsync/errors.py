@@ -59,6 +59,10 @@ class DamagedError(CheckpointError):
         return type(self), (self.problems,)
 
 
+class DeviceError(UserError):
+    """A device that is missing, cannot be used, or has no room."""
+
+
 class LaunchError(UserError):
     """The job was started in a way that cannot work."""
 

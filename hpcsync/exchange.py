@@ -89,25 +89,43 @@ def traffic(topology: Topology, parts: Mapping[Way, float]) -> Traffic:
     return Traffic(rank_near=max(near), rank_far=max(far), node_far=sum(far))
 
 
-def scratch(comm: CommConfig, topology: Topology, parts: Mapping[Way, float]) -> float:
+def scratch(
+    comm: CommConfig, topology: Topology, parts: Mapping[Way, float], *, device: bool = False
+) -> float:
     """Bytes in which a rank receives what it adds: of messages only, since a node's ranks read
-    each other's memory."""
-    rank, total = topology.nodes[0][0], 0.0
-    messages = comm.node_transport == "mpi_host"
-    for (algorithm, rail, _), nbytes in parts.items():
-        if algorithm != "hierarchical":
-            if messages or topology.node_count > 1:
-                schedule = schedules.build(algorithm, Kind.ALLREDUCE, rank, topology.size)
-                total += nbytes * _received(schedule)
-            continue
-        for level in compose(topology.nodes, rank, rail="direct" if rail == "native" else rail):
-            if level.name != "node":
-                if rail == "native":
-                    continue  # MPI's own memory
-                total += nbytes / topology.rails * _received(level.schedule)
-            elif messages:
-                total += nbytes * _received(level.schedule)
-    return total
+    each other's memory.
+
+    Args:
+        device: in the memory of a device, which one exchange hands on to the next: no more than
+            those on the way at once need, in pieces that are up to twice as large.
+    """
+    messages = comm.node_transport in ("mpi_host", "mpi_device", "mpi_staged")
+    total = share = 0.0
+    for way, nbytes in parts.items():
+        part = _incoming(topology, way, messages)
+        total, share = total + nbytes * part, max(share, part)
+    return min(total, 2 * share * comm.credit_mb * (1 << 20)) if device else total
+
+
+def _incoming(topology: Topology, way: Way, messages: bool) -> float:
+    """The share of the bytes that a rank holds in memory for messages.
+
+    Args:
+        messages: whether ranks of a node send each other some.
+    """
+    rank = topology.nodes[0][0]
+    if way.algorithm != "hierarchical":
+        if not messages and topology.node_count == 1:
+            return 0.0
+        return _received(schedules.build(way.algorithm, Kind.ALLREDUCE, rank, topology.size))
+    native = way.rail == "native"
+    share = 0.0
+    for level in compose(topology.nodes, rank, rail="direct" if native else way.rail):
+        if level.name == "node":
+            share += _received(level.schedule) if messages else 0.0
+        elif not native:  # whose memory is MPI's own
+            share += _received(level.schedule) / topology.rails
+    return share
 
 
 def _received(schedule: Schedule) -> float:

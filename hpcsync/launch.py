@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import pwd
 import re
 import socket
 import sys
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from . import output
 from .binding import own_cores
 from .config import TopologyConfig
 from .errors import HpcsyncError, LaunchError, UserError
@@ -94,6 +96,8 @@ def container_quota() -> float:
 def _import_mpi() -> Any:
     for name, value in _MPI_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # Without it Open MPI ends the process; batch systems and containers may not set it.
+    os.environ["HOME"] = os.environ.get("HOME") or _home()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -103,6 +107,13 @@ def _import_mpi() -> Any:
             f"your site's MPI module; {_TAG_FIX}"
         ) from None
     return MPI
+
+
+def _home() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # a user that a container does not know
+        return os.environ.get("TMPDIR", "/tmp")
 
 
 def check_singletons(size: int, environment: Mapping[str, str]) -> None:
@@ -178,6 +189,7 @@ def guard(main: Callable[[], int]) -> NoReturn:
 
     A user's error is one line and status 2, anything else one traceback and status 1.
     """
+    output.last()
     status = 0
     try:
         status = main()
@@ -187,9 +199,9 @@ def guard(main: Callable[[], int]) -> NoReturn:
             print(stop.code, file=sys.stderr)
     except BaseException as error:  # whatever it is, it must end every rank
         status = fail(error)
+    if not output.end():
+        status = status or 1
     _note(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
     sys.exit(status)
 
 

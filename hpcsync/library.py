@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import binding, launch
 from . import config as configuration
-from .collectives import Collectives
+from .collectives import Collectives, routes
 from .collectives.eager import Eager
-from .device import dtype_of
-from .errors import ConfigError, LaunchError
+from .device import DEVICES, dtype_of
+from .errors import ConfigError, LaunchError, UserError
 from .exits import Exits
 from .parallel import data_parallel
+from .parallel.placement import collectives_on, device_of
 from .wording import toml
 
 
@@ -45,13 +47,58 @@ class Op(enum.Enum):
 Average, Sum, Min, Max = Op.AVERAGE, Op.SUM, Op.MIN, Op.MAX
 
 
-@dataclasses.dataclass(frozen=True)
-class _Session:
-    runtime: launch.Runtime
-    config: configuration.Config
+class _Reach(NamedTuple):
+    """How tensors of one device are exchanged."""
+
     collectives: Collectives
     eager: Eager
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """What ``init`` made.
+
+    Attributes:
+        reaches: by device; the host's is there from the beginning.
+        stops: to be called before this process ends.
+        kinds: of devices that all ranks have used together.
+    """
+
+    runtime: launch.Runtime
+    config: configuration.Config
     exits: Exits
+    reaches: dict[str, _Reach]
+    stops: list[Callable[[], None]]
+    kinds: set[str] = dataclasses.field(default_factory=set)
+
+    def reach(self, tensors: Iterable[Tensor]) -> _Reach:
+        """For tensors of one device; collective when it is the first time for that device.
+
+        Raises:
+            DeviceError: the device cannot be used.
+            LaunchError: other ranks' are of another kind of device.
+        """
+        tensors = list(tensors)
+        kind = tensors[0].device.type if tensors else "cpu"
+        if kind not in self.kinds:
+            self._agree_on(kind, tensors)
+        device = device_of(tensors)
+        if device.identity not in self.reaches:
+            made = collectives_on(self.runtime, self.config.comm, device)
+            self.stops.append(made.halt)
+            self.reaches[device.identity] = _Reach(made, Eager(made))
+        return self.reaches[device.identity]
+
+    def _agree_on(self, kind: str, tensors: Sequence[Tensor]) -> None:
+        """Before anything else is collective: ranks that differ would mix up collectives."""
+        problem: UserError | None = None
+        try:
+            binding.check_kinds(self.runtime.allgather_object(kind))
+            device_of(tensors)
+        except UserError as error:
+            problem = error
+        self.runtime.agree(problem)
+        self.kinds.add(kind)
 
 
 _session: _Session | None = None  # one process is one rank of one job
@@ -77,9 +124,16 @@ def init(deck: str | Path | None = None, overrides: Sequence[str] = ()) -> None:
     config = configuration.load(Path(deck) if deck is not None else None, overrides)
     runtime = launch.start(config.topology, config.comm.timeout_s)
     collectives = Collectives(runtime, config.comm)
-    # The progress thread must have stopped before mpi4py finalizes MPI at exit.
-    exits = Exits(runtime.comm, collectives.progress.close)
-    _session = _Session(runtime, config, collectives, Eager(collectives), exits)
+    stops: list[Callable[[], None]] = [collectives.halt]
+
+    def stop() -> None:
+        """Progress threads must have stopped before mpi4py finalizes MPI at exit."""
+        for each in stops:
+            each()
+
+    exits = Exits(runtime.comm, stop)
+    host = _Reach(collectives, Eager(collectives))
+    _session = _Session(runtime, config, exits, {collectives.device.identity: host}, stops)
 
 
 def is_initialized() -> bool:
@@ -137,7 +191,8 @@ class DataParallel(data_parallel.DataParallel):
     """A module whose gradients are averaged over all ranks during the backward pass.
 
     Args:
-        module: the same on every rank, in host memory; it takes rank 0's values.
+        module: the same on every rank, on one device: move it there first. It takes rank 0's
+            values.
         bucket_cap_mb: size of a bucket in MiB; the deck's if not given.
         codec: how gradients travel, as ``compress.codec``; the deck's if not given.
         compress: further keys of the deck's section, e.g. ``{"rank": 8, "warmup": 100}``.
@@ -145,8 +200,9 @@ class DataParallel(data_parallel.DataParallel):
 
     Raises:
         ConfigError: a value that the deck would not take either.
-        LaunchError: two ranks have their module on the same GPU.
-        ModelError: the ranks' modules differ, or a parameter is not in host memory.
+        DeviceError: the module's device cannot be used.
+        LaunchError: two ranks have their module on the same GPU, or one on a GPU and one not.
+        ModelError: the ranks' modules differ, or its parameters are not all on one device.
     """
 
     def __init__(
@@ -174,13 +230,17 @@ class DataParallel(data_parallel.DataParallel):
             raise ConfigError([f"{keys[0]}: {text}" for keys, text in problems])
         shared = session.config.topology.share_devices
         binding.agree_on_places(session.runtime, module, share=shared)
+        collectives = session.reach(module.parameters()).collectives
+        if not collectives.device.queued:
+            asked = comm.node_transport, comm.rail_transport
+            session.runtime.agreed(lambda: routes.check_host(*asked))
         super().__init__(
             module,
             runtime=session.runtime,
             comm=comm,
             compress=coded,
             seed=session.config.run.seed,
-            collectives=session.collectives,
+            collectives=collectives,
             broadcast_buffers=broadcast_buffers,
         )
 
@@ -206,9 +266,12 @@ def allreduce(tensor: Tensor, op: Op = Average) -> Tensor:
 
     Args:
         tensor: any shape, the same on every rank; float16, bfloat16 (added in float32), float32,
-            float64 or integers, in host memory.
+            float64 or integers, in the memory of the host or of this rank's device. With
+            ``Sum`` and ``Average`` the host does not wait for a device's sums.
 
     Raises:
+        DeviceError: the tensor's device cannot be used.
+        LaunchError: other ranks' tensors are on another kind of device.
         ValueError: a dtype that cannot be reduced, the average of integers, or another ``op``.
     """
     return allreduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op)
@@ -228,18 +291,22 @@ def allreduce_(tensor: Tensor, op: Op = Average) -> Tensor:
     if op is Op.AVERAGE and not tensor.is_floating_point():
         raise ValueError(f"allreduce: the average of {name} is not whole; use op=hpcsync.Sum")
     if op in (Op.AVERAGE, Op.SUM):
-        session.eager.allreduce(data, name, average=op is Op.AVERAGE)
+        session.reach([tensor]).eager.allreduce(data, name, average=op is Op.AVERAGE)
         return tensor
     with torch.no_grad():
-        wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        session.runtime.allreduce_array(wide.detach().flatten().numpy(), op.value)
-        return tensor if wide is tensor else tensor.copy_(wide)
+        low = tensor.dtype in (torch.float16, torch.bfloat16)
+        wide = (tensor.float() if low else tensor).detach().cpu().flatten()
+        session.runtime.allreduce_array(wide.numpy(), op.value)
+        return tensor.copy_(wide.view(tensor.shape))
 
 
-def _bytes(tensor: Tensor) -> Any:
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError("allreduce: the tensor must be contiguous and in host memory")
-    return tensor.detach().flatten().view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> Tensor:
+    known = ("cpu", *DEVICES)
+    if not tensor.is_contiguous() or tensor.device.type not in known:
+        raise ValueError(
+            f"allreduce: the tensor must be contiguous, and on one of: {', '.join(known)}"
+        )
+    return tensor.detach().flatten().view(torch.uint8)
 
 
 def broadcast(tensor: Tensor, root: int = 0) -> Tensor:
@@ -266,9 +333,15 @@ def broadcast_parameters(
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root: int = 0) -> None:
     """Set an optimizer's state to that of rank ``root``, in place."""
     runtime = _current().runtime
-    state = runtime.bcast(optimizer.state_dict() if runtime.rank == root else None, root)
+    mine = tree_map(_on_host, optimizer.state_dict()) if runtime.rank == root else None
+    state = runtime.bcast(mine, root)
     if runtime.rank != root:
         optimizer.load_state_dict(state)
+
+
+def _on_host(value: Any) -> Any:
+    """Another rank's GPU may have another number."""
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def broadcast_object(value: Any, root: int = 0) -> Any:

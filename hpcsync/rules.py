@@ -25,9 +25,19 @@ class LossScale:
         self.value = 1.0 if setting == "none" else _SCALE_START if self.dynamic else float(setting)
         self._good = 0
 
-    def update(self, finite: bool) -> None:
-        """Learn whether the step's gradients were finite; must be told alike on all ranks."""
-        if not self.dynamic:
+    @property
+    def can_fall(self) -> bool:
+        """Whether an overflow makes it smaller."""
+        return self.dynamic and self.value > _SCALE_MIN
+
+    def update(self, finite: bool, used: float | None = None) -> None:
+        """Learn whether a step's gradients were finite; must be told alike on all ranks.
+
+        Args:
+            used: the scale of that step, if it may be an older one: that a scale was too large,
+                which has been taken back since, is no news.
+        """
+        if not self.dynamic or (not finite and used is not None and used > self.value):
             return
         self._good = self._good + 1 if finite else 0
         if not finite:

@@ -11,13 +11,14 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .errors import (
     CheckpointError,
     CollectiveTimeout,
     ConfigError,
     DataError,
+    DeviceError,
     LaunchError,
     ModelError,
     UserError,
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
     from numpy.typing import NDArray
 
+T = TypeVar("T")
+
 _PIECE_BYTES = 1 << 30  # classic MPI counts have 31 bits
 _MOST_SLEEP_S = 1e-3
 _KINDS: tuple[type[UserError], ...] = (
     CheckpointError,
     ConfigError,
     DataError,
+    DeviceError,
     ModelError,
     LaunchError,
 )
@@ -222,6 +226,24 @@ class Runtime:
         rank, kind, text = found[0]
         where = "" if len(found) == self.size else f"rank {rank}: "
         raise _agreed(kind)(where + text) from problem
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Do what may end in a user's error, and go on only if it does on no rank; collective.
+
+        Args:
+            work: is not collective.
+
+        Raises:
+            AgreedError: as ``agree``.
+        """
+        problem: UserError | None = None
+        result: Any = None
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+        self.agree(problem)
+        return cast("T", result)
 
 
 def _agreed(kind: type[UserError]) -> type[AgreedError]:

@@ -88,7 +88,7 @@ class Saving:
             told=told,
             recorder=parts.engine.recorder,
             saved_step=taken.step if taken is not None and here else -1,
-            pinned=parts.engine.device.type == "cuda",
+            pinned=parts.engine.streams.queued,
         )
         if taken is not None:
             observers.resumed(before.get("observers", {}))

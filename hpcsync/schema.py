@@ -6,7 +6,6 @@ sections. Nothing here knows which sections there are.
 
 from __future__ import annotations
 
-import keyword
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -28,12 +27,19 @@ KINDS = {
     "Mapping[str, Any]": "a table",
 }
 INT_MAX = 2**63 - 1
+# What a word stands for that is nearer to another choice.
+_MEANT = {"gpu": "cuda"}
 DEPTH_MAX = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What a key means and which values it takes, beyond its type."""
+    """What a key means and which values it takes, beyond its type.
+
+    Attributes:
+        name: in its section, with dots, if not that of its field.
+        formerly: the name that it had there in earlier versions.
+    """
 
     text: str
     choices: tuple[str, ...] = ()
@@ -42,6 +48,8 @@ class Rule:
     above: float | None = None
     below: float | None = None
     required: bool = False
+    name: str = ""
+    formerly: str = ""
 
     def bounds(self) -> str:
         """The range in words: ``of at least 0 and below 1``; empty if there is none."""
@@ -68,9 +76,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key: its dotted name, the annotation of its field, its default and its rule."""
+    """One key: its dotted name, the name and annotation of its dataclass field, its default and
+    its rule."""
 
     name: str
+    field: str
     kind: str
     default: Any
     rule: Rule
@@ -79,11 +89,6 @@ class Key:
     def leaf(self) -> str:
         """The name within its section."""
         return self.name.partition(".")[2]
-
-    @property
-    def field(self) -> str:
-        """The name of its dataclass field: a word of Python's own has an underscore behind it."""
-        return f"{self.leaf}_" if keyword.iskeyword(self.leaf) else self.leaf
 
     @property
     def help(self) -> str:
@@ -149,7 +154,8 @@ class Key:
 
     def _check_text(self, text: str) -> str:
         if self.rule.choices and text not in self.rule.choices:
-            hint = suggest(text, self.rule.choices)
+            meant = _MEANT.get(text.lower(), "")
+            hint = suggest(meant if meant in self.rule.choices else text, self.rule.choices)
             raise ValueError(f"must be {self.accepts()}, not {describe(text)}{hint}")
         if self.rule.required and not text.strip():
             raise ValueError("must not be empty")
@@ -167,11 +173,14 @@ def key(
     above: float | None = None,
     below: float | None = None,
     required: bool = False,
+    name: str = "",
+    formerly: str = "",
 ) -> Any:
     """A field of a section: its default, its text, and the values it takes.
 
     ``minimum`` and ``maximum`` are allowed values, ``above`` and ``below`` are not;
-    ``required`` forbids an empty text. A dict as default makes a table of free keys.
+    ``required`` forbids an empty text. A dict as default makes a table of free keys. ``name``
+    and ``formerly`` as in ``Rule``.
     """
     rule = Rule(
         text=text,
@@ -181,6 +190,8 @@ def key(
         above=above,
         below=below,
         required=required,
+        name=name,
+        formerly=formerly,
     )
     metadata = {"rule": rule}
     if isinstance(default, dict):
@@ -199,8 +210,9 @@ def keys_of(name: str, kind: type[Any]) -> Iterator[Key]:
     """The keys of one section, in order, with dotted names."""
     for entry in fields(kind):
         assert entry.type in KINDS, f"{name}.{entry.name}: no rule for type {entry.type}"
-        dotted = f"{name}.{entry.name.removesuffix('_')}"
-        yield Key(dotted, str(entry.type), _default(entry), entry.metadata["rule"])
+        rule: Rule = entry.metadata["rule"]
+        dotted = f"{name}.{rule.name or entry.name.removesuffix('_')}"
+        yield Key(dotted, entry.name, str(entry.type), _default(entry), rule)
 
 
 def _default(entry: Field[Any]) -> Any:
@@ -218,11 +230,14 @@ def check_table(
     tree: type[Any],
     table: Mapping[str, Any],
     typed: str | None = None,
+    *,
+    old_names: bool = False,
 ) -> tuple[dict[str, Any], list[Fault]]:
     """Check a nested table against a tree.
 
     Args:
         typed: the value as typed on a command line, where 2024 is as good a text as any.
+        old_names: take keys by the names that they had in earlier versions.
 
     Returns:
         Dotted key -> value in the type of its field, for the keys that are right, and what is
@@ -243,19 +258,47 @@ def check_table(
         elif not isinstance(body, dict):
             report((name,), f"is a section, not a key; write [{name}] and its keys under it")
         else:
-            for leaf, value in body.items():
-                found = known[name].get(f"{name}.{leaf}")
-                if found is None:
-                    hint = suggest_key((name, leaf), known)
-                    report((name, leaf), "no such key" + (hint or f"; --explain {name} lists them"))
+            for path, value in _leaves(body, (name,), known[name]):
+                found = known[name].get(".".join(path)) or (old_names and _renamed(path, known))
+                if not found:
+                    report(path, _unknown(path, known))
                     continue
                 if typed is not None and found.kind == "str" and not isinstance(value, str):
                     value = typed
                 try:
                     values[found.name] = found.check(value)
                 except ValueError as error:
-                    report((name, leaf), str(error))
+                    report(path, str(error))
     return values, faults
+
+
+def _leaves(
+    body: Mapping[str, Any], path: tuple[str, ...], keys: Mapping[str, Key]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The paths of a table's keys, down to where the section has no more tables."""
+    for leaf, value in body.items():
+        inner = (*path, leaf)
+        table = any(each.startswith(f"{'.'.join(inner)}.") for each in keys)
+        if table and isinstance(value, dict):
+            yield from _leaves(value, inner, keys)
+        else:
+            yield inner, value
+
+
+def _renamed(path: tuple[str, ...], known: Mapping[str, Mapping[str, Key]]) -> Key | None:
+    """The key that had this name in earlier versions."""
+    named = [each for each in known[path[0]].values() if each.rule.formerly == ".".join(path[1:])]
+    return named[0] if named else None
+
+
+def _unknown(path: tuple[str, ...], known: Mapping[str, Mapping[str, Key]]) -> str:
+    """What to do about a key that there is not."""
+    if now := _renamed(path, known):
+        return f"is called {now.name} now; write that"
+    tables = [each for each in known[path[0]] if each.startswith(f"{'.'.join(path)}.")]
+    if tables:
+        return f"is a table; its keys are {', '.join(tables)}"
+    return "no such key" + (suggest_key(path, known) or f"; --explain {path[0]} lists them")
 
 
 def dump(config: Any) -> str:
@@ -281,7 +324,12 @@ def explain(tree: type[Any], name: str) -> str:
         if name in ("", part):
             blocks.append(f"[{part}] {kind.__doc__}")
         for found in own:
-            if name in ("", part, found.name, found.leaf):
+            before = found.rule.formerly
+            if before and name in (before, f"{part}.{before}"):
+                blocks.append(f"{part}.{before} is called {found.name} now.")
+                name = found.name
+            tables = [each.rpartition(".")[0] for each in (found.name, found.leaf)]
+            if name in ("", part, found.name, found.leaf, *tables):
                 head = f"{found.name} = {toml(found.default)}    ({found.accepts()})"
                 blocks.append("\n".join([head, *_wrap(found.help, "    ")]))
     if not blocks:
@@ -302,7 +350,7 @@ def _wrap(text: str, indent: str) -> list[str]:
 
 def suggest_key(path: tuple[str, ...], known: Mapping[str, Mapping[str, Key]]) -> str:
     """A did-you-mean for a key that its section lacks: from there, or from another section."""
-    leaf = path[-1]
+    leaf = ".".join(path[1:]) or path[0]
     everywhere = {name.partition(".")[2]: name for group in known.values() for name in group}
     found = everywhere.get(leaf, "")
     if not found and len(path) > 1:

@@ -25,6 +25,15 @@ CODECS = (
 )
 RAIL_ALGORITHMS = ("auto", "direct", "ring", "halving", "doubling", "native")
 
+NODE_TRANSPORTS = (
+    *("auto", "shared_memory", "mpi_host"),
+    *("cuda_ipc", "mpi_device", "mpi_staged", "nccl"),
+)
+RAIL_TRANSPORTS = ("auto", "mpi_host", "mpi_device", "mpi_staged")
+# Of device memory.
+NODE_OF_GPUS = ("cuda_ipc", "mpi_device", "mpi_staged", "nccl")
+RAIL_OF_GPUS = ("mpi_device", "mpi_staged")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
@@ -82,6 +91,12 @@ class TrainConfig:
     beta1: float = key(0.9, "AdamW's decay of the mean of gradients.", minimum=0, below=1)
     beta2: float = key(0.95, "AdamW's decay of the mean of squared gradients.", minimum=0, below=1)
     eps: float = key(1e-8, "AdamW's guard against division by zero.", above=0)
+    device: str = key(
+        "auto",
+        "What computes: cuda, a GPU for each rank; or cpu. auto: cuda where every rank has a GPU "
+        "that can be used.",
+        choices=("auto", "cpu", "cuda"),
+    )
     precision: str = key(
         "fp32",
         "Arithmetic of forward and backward: fp32, or bf16 by torch.autocast. Weights, sums of "
@@ -109,7 +124,9 @@ class TrainConfig:
     max_skipped: int = key(
         10, "Steps in a row with gradients of NaN or Inf before the run stops.", minimum=0
     )
-    threads: int = key(1, "Threads of torch a rank. 0: torch's own choice.", minimum=0)
+    threads: int = key(
+        1, "Threads of torch a rank. 0: torch's own choice.", minimum=0, maximum=1024
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,9 +227,20 @@ class CommConfig:
     )
     node_transport: str = key(
         "auto",
-        "How ranks of a node exchange: shared_memory, or messages of mpi_host. auto: "
-        "shared_memory where it is large enough.",
-        choices=("auto", "shared_memory", "mpi_host"),
+        "How ranks of a node exchange. On the host: shared_memory, or messages of mpi_host. On "
+        "GPUs: cuda_ipc (they read each other's memory), nccl, mpi_device (MPI takes device "
+        "memory) or mpi_staged (through pinned memory). auto: the first of them that works here, "
+        "but for nccl; another that cannot work is an error.",
+        choices=NODE_TRANSPORTS,
+        name="transport.node",
+        formerly="node_transport",
+    )
+    rail_transport: str = key(
+        "auto",
+        "How nodes exchange. On the host: mpi_host. On GPUs: mpi_device or mpi_staged. auto: "
+        "mpi_device where MPI was seen to take device memory, else mpi_staged.",
+        choices=RAIL_TRANSPORTS,
+        name="transport.rail",
     )
     reproducible: bool = key(
         False,
@@ -329,6 +357,9 @@ class TraceConfig:
     every: int = key(10, "Each so many steps one is written; histograms count all.", minimum=1)
     ring: int = key(
         16384, "Spans that each rank remembers; 56 bytes each.", minimum=64, maximum=1 << 26
+    )
+    nvtx: bool = key(
+        False, "Mark steps, their parts and exchanges for Nsight Systems, on GPUs (NVTX ranges)."
     )
 
 

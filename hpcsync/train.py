@@ -49,12 +49,10 @@ def command(argv: Sequence[str]) -> int:
         except UserError:
             arguments = None
         if arguments is not None and (arguments.explain is not None or arguments.dry_run):
-            try:
+            # The others have nothing to add, and a status that they fail with would have the
+            # launcher end rank 0, perhaps before it has told why.
+            if _launched_as() == 0:
                 print(_answer(arguments))
-            except UserError:
-                if _launched_as() == 0:
-                    raise
-                return 2
             return 0
     # What cannot be understood is told there, by rank 0 once the ranks know who that is.
     return run(argv)
@@ -132,7 +130,10 @@ def train(
     signals: StopSignals,
 ) -> int:
     """Build everything, train, and tell the observers how it ended; the exit status."""
-    from . import assembly, banner, resuming, saving
+    from . import late_dynamo
+
+    late_dynamo.postpone()
+    from . import assembly, banner, peak, resuming, saving
     from .hangs import Hangs
     from .loop import Loop
 
@@ -164,6 +165,7 @@ def train(
             log=saved.log,
             replayed=saved.replayed,
         ).run()
+        peak.check(runtime, config, parts)
     except CollectiveTimeout as error:
         if hangs is not None:
             with contextlib.suppress(Exception):  # the error must be told all the same

@@ -16,6 +16,7 @@ _KEYS = (
     *("run.name", "run.dir", "model.init_from", "model.init_strict"),
     *("train.eval_every", "train.eval_batches", "train.max_skipped"),
     *("train.accumulate", "train.activation_checkpointing", "train.compile", "train.threads"),
+    "train.device",
 )
 # They say what the place in the data is a place in.
 DATA = ("run.seed", "train.global_batch", "data")

@@ -109,6 +109,7 @@ class Saver:
         self._heard = [0.0] * self.NUMBERS
         self._due = self._stop = self._crowded = self._awaited = False
         self._last_step, self._good_step, self._ended_step = saved_step, saved_step, -1
+        self._offered_step = -1
         self.asked = False
         self.log: StepLog | None = None
         self.failed = False
@@ -120,6 +121,11 @@ class Saver:
     def stop(self) -> bool:
         """The file ``stop-after-save`` asks to save and stop."""
         return self._stop
+
+    @property
+    def presses(self) -> bool:
+        """A checkpoint is due at the next step boundary; the same on all ranks."""
+        return self._due
 
     def ask(self) -> None:
         """Save at the next step boundary; any rank may, at any time."""
@@ -137,12 +143,14 @@ class Saver:
         """What this rank has to say, to be added over all ranks.
 
         Args:
-            step: that has just ended; None between steps.
+            step: that has just ended; None between steps. A step may be told again.
         """
         asked, self.asked = self.asked, False
         due = stop = False
         if self._runtime.rank == 0 and step is not None:
-            due = self._triggers.due(step, writing=bool(self._writing or self._publishing))
+            if step != self._offered_step:
+                due = self._triggers.due(step, writing=bool(self._writing or self._publishing))
+            self._offered_step = step
             stop = self._triggers.stop
         written = self._writing[0] if self._writing else None
         whole = self._publishing[0] if self._publishing else None

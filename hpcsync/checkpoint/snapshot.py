@@ -66,7 +66,7 @@ class HostBuffer:
                 at += _padded(piece.nbytes)
         for device in devices:
             if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+                torch.accelerator.current_stream(device).synchronize()
         return found
 
 

@@ -8,13 +8,25 @@ from torch import nn
 
 from hpcsync import registry
 from hpcsync.errors import ModelError
-from hpcsync.models.base import ParameterCounts, checkpoint_activations, parameter_counts
+from hpcsync.models.base import (
+    ParameterCounts,
+    checkpoint_activations,
+    compile_model,
+    parameter_counts,
+)
 
 if TYPE_CHECKING:
     from hpcsync.config import ModelConfig
     from hpcsync.data.base import Source
 
-__all__ = ["BUILTINS", "ParameterCounts", "build", "checkpoint_activations", "parameter_counts"]
+__all__ = [
+    "BUILTINS",
+    "ParameterCounts",
+    "build",
+    "checkpoint_activations",
+    "compile_model",
+    "parameter_counts",
+]
 
 BUILTINS = {
     "gpt": "hpcsync.models.gpt:build",

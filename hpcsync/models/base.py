@@ -53,8 +53,7 @@ def checkpoint_activations(model: nn.Module) -> int:
     Changes the model in place, not the names of its parameters; call it before ``torch.compile``.
     Returns the number of blocks. Raises ``ModelError`` when the model names no blocks.
     """
-    listed = getattr(model, "blocks", None)
-    blocks: list[Any] = list(listed()) if callable(listed) else []
+    blocks = _blocks(model)
     if not blocks:
         raise ModelError(
             f"train.activation_checkpointing: {type(model).__name__} names no blocks to compute "
@@ -64,3 +63,18 @@ def checkpoint_activations(model: nn.Module) -> int:
         if not isinstance(block.forward, functools.partial):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return len(blocks)
+
+
+def compile_model(model: nn.Module) -> None:
+    """torch.compile in place, block by block where the model names blocks.
+
+    A backward pass compiled as one piece gives all gradients at its end, too late to overlap
+    their exchange with it; blocks give them one after the other, and equal ones compile once.
+    """
+    for module in _blocks(model) or [model]:
+        module.compile()
+
+
+def _blocks(model: nn.Module) -> list[Any]:
+    listed = getattr(model, "blocks", None)
+    return list(listed()) if callable(listed) else []

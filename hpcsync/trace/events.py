@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,6 +50,14 @@ NAMES = (
     ("decode", "decode"),
     ("checkpoint", "checkpoint"),
 )
+
+
+class Span(NamedTuple):
+    """What a kind of span is called: indices into ``NAMES`` and ``LANES``."""
+
+    name: int
+    lane: int
+
 
 EVENT = np.dtype(
     [

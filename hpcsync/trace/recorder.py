@@ -23,12 +23,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from time import perf_counter_ns
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .events import EVENT, LANE, NAMES, Events
+from .events import Span as Span
+from .later import Later, Timed
 
 HEADER = 64
 _EVENT = struct.Struct("<qqqqqiiHBBI")
@@ -38,13 +40,6 @@ _pack_count = struct.Struct("<q").pack_into
 assert _EVENT.size == EVENT.itemsize
 
 Bytes = NDArray[np.uint8]
-
-
-class Span(NamedTuple):
-    """What a kind of span is called: indices into ``NAMES`` and ``LANES``."""
-
-    name: int
-    lane: int
 
 
 def _span(name: str, lane: str) -> Span:
@@ -83,6 +78,7 @@ class Recorder:
 
     Attributes:
         step: of the spans that come; from 1.
+        later: spans of a device, whose times are not known yet.
     """
 
     def __init__(self, events: int = 4096, memory: Bytes | None = None) -> None:
@@ -98,7 +94,9 @@ class Recorder:
         self.step = 0
         self.parent = 0  # of spans that name none
         self.offset = 0  # what to add to times to get rank 0's, as it was measured last
-        self.joined = 0  # when the last backward pass of this rank began to wait for others
+        self.later = Later(self)
+        # When a backward pass of this rank began to wait for others: a time, or a device's event.
+        self.joined: Any = 0
 
     def move(self, memory: Bytes) -> None:
         """Record into other memory from now on, ``room(events)`` bytes and zeroed; no thread may
@@ -119,6 +117,7 @@ class Recorder:
         bucket: int = -1,
         parent: int = 0,
         number: int = 0,
+        step: int = -1,
     ) -> None:
         """Store a span.
 
@@ -127,13 +126,16 @@ class Recorder:
             nbytes: that it moved or made.
             parent: number of the span that it is part of; ``self.parent`` if 0.
             number: its own, if ``number()`` was asked for it.
+            step: that it belongs to, if it is not the one in progress.
         """
         thread = get_ident() != self._main
-        number, parent = number or next(self._numbers), parent or self.parent
+        number = number or next(self._numbers)
+        if step < 0:
+            step, parent = self.step, parent or self.parent
         with self._lock:
             place = self._stored
             at = HEADER + place % self.events * _EVENT.size
-            name, lane, step, view = span[0], span[1], self.step, self._view
+            name, lane, view = span[0], span[1], self._view
             _pack(view, at, number, parent, start, end, nbytes, step, bucket, name, lane, thread, 0)
             self._stored = place + 1
             _pack_count(self._view, 0, place + 1)
@@ -164,6 +166,12 @@ class Recorder:
         """The step that began at ``start`` is over."""
         number, self.parent = self.parent, 0
         self.add(STEP, start, now(), number=number)
+        _pack_count(self._view, 16, self.step)
+
+    def end_step_later(self, start: Timed, end: Timed) -> None:
+        """All work of the step is given to a device, which does it between two events."""
+        number, self.parent = self.parent, 0
+        self.later.add(STEP, start, end, number=number)
         _pack_count(self._view, 16, self.step)
 
     def last(self) -> Events:

@@ -286,6 +286,8 @@ def _setup(engine: EngineLike, reducer: Reducer, comm: CommConfig) -> str:
     names = (
         *("algorithm", "rail_algorithm", "reproducible", "bucket_mb", "first_bucket_mb"),
         *("segment_mb", "node_transport"),
+        # Earlier versions did not have it.
+        *(("rail_transport",) if comm.rail_transport != "auto" else ()),
     )
     compression = reducer.compression
     told = {

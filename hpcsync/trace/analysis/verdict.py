@@ -113,8 +113,9 @@ def _faster(tables: Tables, hidden: Hiding, facts: RunFacts) -> str:
         return "try compress.codec=auto, which measures whether coding pays (int8 sends a quarter)"
     if hidden.overlap < 0.5 and comm < 0.5 * step and sizes.shape[0] < 4:
         return "little is hidden, and buckets are few: try a smaller comm.bucket_mb"
-    if between < tables.mean("wire.node") and _key(deck, "comm", "node_transport") == "mpi_host":
-        return "try comm.node_transport=shared_memory"
+    node = _key(deck, "comm", "transport", "node")
+    if between < tables.mean("wire.node") and node == "mpi_host":
+        return "try comm.transport.node=shared_memory"
     if between >= tables.mean("wire.node") and facts.codec in ("bf16", "fp16"):
         return "try compress.codec=int8, which sends half as much"
     return "try train.accumulate=2 with twice the train.global_batch: half as many exchanges"
@@ -137,6 +138,8 @@ def settings(facts: RunFacts) -> Mapping[str, Any]:
         return {}
 
 
-def _key(deck: Mapping[str, Any], section: str, name: str) -> Any:
-    part = deck.get(section)
-    return part.get(name) if isinstance(part, Mapping) else None
+def _key(deck: Mapping[str, Any], *path: str) -> Any:
+    part: Any = deck
+    for name in path:
+        part = part.get(name) if isinstance(part, Mapping) else None
+    return part
