@@ -1,87 +1,32 @@
 """Builds the CPU kernels and lays the native sources into the wheel; the rest: pyproject.toml.
 
 The kernels are a plain C library that ctypes loads, not a Python module: one build serves every
-Python. Each file of cuda/cpu is compiled once for each instruction set, and the library chooses
-at run time. Without a C++ compiler the package installs all the same, and computes with NumPy.
-
-The compiler is $CXX, else $CC, else the first of c++, g++ and clang++.
+Python; build_kernels.py compiles it. Without a C++ compiler the package installs all the same, and
+computes with NumPy.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import CompileError
+
+# pip runs this file from elsewhere.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import build_kernels
+from build_kernels import NATIVE, SOURCE, BuildError
 
 LIBRARY = "hpcsync.libhpcsync_kernels"
-NATIVE = Path("cuda")
-SOURCE = NATIVE / "cpu"
-FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# The library needs no C++ run time, so that a C program links it with nothing else.
-FLAGS += ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
-# The same bits on every processor: no fused multiply-add, no reordering of sums.
-FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-LINK = ["-shared", "-static-libgcc", "-Wl,--as-needed", "-Wl,-z,defs"]
-SETS = {
-    "avx2": ["-mavx2", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
-}
-
-
-def find_compiler() -> list[str]:
-    """The command of the C++ compiler.
-
-    Python's own choice is not asked for: it names the compiler of the machine that Python was
-    built on, which is often missing here.
-    """
-    chosen = os.environ.get("CXX") or os.environ.get("CC")
-    if chosen:
-        return shlex.split(chosen)
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise CompileError("no C++ compiler on PATH (looked for c++, g++, clang++)")
-
-
-def call(command: list[str]) -> None:
-    """Run the compiler, and show its warnings.
-
-    Raises:
-        CompileError: with the first error that it reports.
-    """
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise CompileError(str(error)) from error
-    if done.stderr:
-        print(done.stderr, flush=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        raise CompileError((lines or [f"{command[0]} ended with status {done.returncode}"])[0])
-
-
-def machine_sets() -> dict[str, list[str]]:
-    """The instruction sets to build for, and the compiler's flags for each."""
-    if platform.machine() in ("x86_64", "AMD64"):
-        return {"plain": [], **SETS}
-    return {"plain": []}
 
 
 class BuildKernels(build_ext):
-    """Compiles each kernel file for each instruction set and links them into one library.
+    """Has the library compiled and lays it into the package.
 
     A package is installed without the library where it cannot be built; ``build_ext --inplace``,
     which asks for the library alone, fails. ``build_ext --debug`` leaves out the optimiser:
@@ -92,16 +37,25 @@ class BuildKernels(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
     def run(self) -> None:
+        """As setuptools has it, without its own compiler.
+
+        Nothing uses that one, and looking for it fails where CXX is no command.
+        """
         self.alone = bool(self.inplace) and not self.editable_mode
-        super().run()
+        inplace, self.inplace = self.inplace, False
+        for ext in self.extensions:
+            self.build_extension(ext)
+        self.inplace = inplace
+        if inplace:
+            self.copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         # What is left of an earlier build must not be taken for this one's.
         target.unlink(missing_ok=True)
         try:
-            self.build_library([Path(each) for each in ext.sources], target)
-        except CompileError as error:
+            build_kernels.library(bool(self.debug), copy=target)
+        except BuildError as error:
             if self.alone:
                 # Whoever asks for the library itself wants the error, and the old one kept.
                 raise SystemExit(f"error: {error}") from error
@@ -116,38 +70,6 @@ class BuildKernels(build_ext):
         for ext in self.extensions:
             Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
-
-    def build_library(self, sources: list[Path], target: Path) -> None:
-        """Compile and link; the commands run side by side, as many as there are cores."""
-        compiler = find_compiler()
-        common = [*compiler, *FLAGS]
-        sets = machine_sets()
-        if len(sets) > 1:
-            common.append("-DHPCSYNC_X86")
-        work = Path(self.build_temp)
-        commands: list[list[str]] = []
-        objects: list[str] = []
-        for source in sources:
-            dispatch = source.stem == "dispatch"
-            for name, flags in {"any": []}.items() if dispatch else sets.items():
-                out = str(work / f"{source.stem}-{name}.o")
-                isa = [] if dispatch else [f"-DHPCSYNC_ISA={name}", *flags]
-                # Only processors of before 2013 run the plain one where there are others, and -O3
-                # would take it half as long again.
-                optimise = "-O2" if name == "plain" and len(sets) > 1 else "-O3"
-                level = "-O0" if self.debug else optimise
-                commands.append([*common, level, *isa, "-c", str(source), "-o", out])
-                objects.append(out)
-        # The longest first, so that none runs alone at the end.
-        commands.sort(key=lambda command: -Path(command[-3]).stat().st_size)
-        work.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(call, commands))
-        # A running program may have the old library open: put the new one in its place whole.
-        fresh = target.with_suffix(".new")
-        call([*compiler, *LINK, f"-Wl,-soname,{target.name}", *objects, "-o", str(fresh)])
-        fresh.replace(target)
 
 
 class BuildPackage(build_py):

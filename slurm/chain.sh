@@ -26,7 +26,7 @@
 # Edit these three lines for your site, as in train.sh.
 ##SBATCH --account=my_account
 ##SBATCH --partition=my_partition
-environment='' # 3. such as 'module load openmpi; source ~/hpcsync/.venv/bin/activate'
+environment='' # 3. such as 'module load openmpi && source ~/hpcsync/.venv/bin/activate'
 
 # A job runs a copy of this script, and Slurm knows where the original is. An array has several
 # records; the words behind the script belong to the line, too.
@@ -42,6 +42,8 @@ fi
 # shellcheck source=slurm/common.sh
 source "$here/common.sh"
 
+[[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || die "this is no array of jobs: submit the script by" \
+    "\`sbatch --array=1-20%1 slurm/chain.sh ...\`"
 together=$(squeue --noheader --array --states=RUNNING --jobs="$SLURM_ARRAY_JOB_ID" 2>/dev/null | wc -l)
 # shellcheck disable=SC2153 # Slurm sets it
 ((together <= 1)) || die "$together links of this chain run at once, and would train into one" \

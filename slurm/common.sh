@@ -29,6 +29,7 @@ die() {
 
 # Sets: nodes ranks per_node cpus threads python mpi launcher, and how in words.
 prepare() {
+    check_job
     load_environment "${HPCSYNC_ENVIRONMENT:-$1}"
     lay_out
     find_python
@@ -40,16 +41,42 @@ prepare() {
     say "$ranks ranks on $nodes nodes, CPUs each: $cpus, by $how ($mpi)"
 }
 
+# What can be told before anything is tried.
+check_job() {
+    [[ -n ${SLURM_JOB_ID:-} ]] || die "this is no Slurm job: submit the script by sbatch; without" \
+        "Slurm start \`mpirun -n RANKS python -m hpcsync.train ...\`"
+    ((${SLURM_HET_SIZE:-1} == 1)) || die "a heterogeneous job has $SLURM_HET_SIZE parts, and only" \
+        "the first would be used: submit it without ':'"
+    [[ ${HPCSYNC_LAUNCHER:-srun} == @(srun|mpirun) ]] ||
+        die "HPCSYNC_LAUNCHER=$HPCSYNC_LAUNCHER: must be srun or mpirun"
+}
+
 load_environment() {
     local file
-    # Batch shells are no login shells, in which alone some sites define `module`.
-    if [[ $1 == *module* ]] && ! declare -F module >/dev/null; then
-        for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+    # Batch shells are no login shells, in which alone some sites define `module`,
+    if [[ $1 =~ (^|[^[:alnum:]_])(module|ml)[[:space:]] ]] && ! declare -F module >/dev/null; then
+        for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh "${MODULESHOME:-}/init/bash"; do
             # shellcheck source=/dev/null
             [[ -r $file ]] && source "$file" && break
         done
     fi
+    # nor interactive ones, to which `conda init` gives `conda activate`.
+    # shellcheck disable=SC2317  # it is the line that calls it
+    declare -F conda >/dev/null || conda() { with_conda "$@"; }
     eval "$1" || die "the environment line failed: $1"
+}
+
+# The first call of conda: finds it, makes its function, and calls that.
+with_conda() {
+    local program
+    unset -f conda
+    program=$(type -P conda || echo "${CONDA_EXE:-}")
+    if [[ -z $program ]]; then
+        say "conda is not found: load its module first, or source its etc/profile.d/conda.sh"
+        return 127
+    fi
+    eval "$("$program" shell.bash hook)"
+    conda "$@"
 }
 
 # One rank a GPU; else as many as sbatch was told; else one a socket or core.
@@ -69,8 +96,10 @@ lay_out() {
         on_node=$((cores && on_node > cores ? cores : on_node))
     fi
     spread=1 # the same number of ranks on each node, and Slurm is told so
-    if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
-        per_node=${SLURM_NTASKS_PER_NODE%%(*}
+    per_node=${SLURM_NTASKS_PER_NODE:-}
+    per_node=${per_node%%(*}
+    # With --ntasks, too, it is the most that a node gets.
+    if [[ $per_node =~ ^[1-9][0-9]*$ ]] && ((${SLURM_NTASKS:-0} % per_node == 0)); then
         ranks=$((nodes * per_node))
     elif [[ -n ${SLURM_NTASKS:-} ]]; then
         ranks=$SLURM_NTASKS spread=
@@ -108,7 +137,7 @@ find_python() {
     "${python[@]}" -c 'import hpcsync, mpi4py, torch' 2>"$scratch/python" ||
         die "${python[*]} cannot import hpcsync and what it needs ($(tail -n 1 "$scratch/python"));" \
             "put what your site needs into line 3 of the script, such as" \
-            "environment='module load openmpi; source ~/hpcsync/.venv/bin/activate'"
+            "environment='module load openmpi && source ~/hpcsync/.venv/bin/activate'"
 }
 
 # The settings of the MPI library that mpi4py loads.

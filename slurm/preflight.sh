@@ -14,7 +14,7 @@
 # Edit these three lines for your site, as in train.sh.
 ##SBATCH --account=my_account
 ##SBATCH --partition=my_partition
-environment='' # 3. such as 'module load openmpi; source ~/hpcsync/.venv/bin/activate'
+environment='' # 3. such as 'module load openmpi && source ~/hpcsync/.venv/bin/activate'
 
 # A job runs a copy of this script, and Slurm knows where the original is. An array has several
 # records; the words behind the script belong to the line, too.

@@ -34,7 +34,7 @@
 # the one that has hpcsync.
 ##SBATCH --account=my_account
 ##SBATCH --partition=my_partition
-environment='' # 3. such as 'module load openmpi; source ~/hpcsync/.venv/bin/activate'
+environment='' # 3. such as 'module load openmpi && source ~/hpcsync/.venv/bin/activate'
 
 # A job runs a copy of this script, and Slurm knows where the original is. An array has several
 # records; the words behind the script belong to the line, too.

@@ -9,24 +9,28 @@ package's metadata, the sources of its native kernels and the compiler for them 
 Open MPI comes as a wheel; ``--system-mpi`` takes the site's MPI (in an environment of its own,
 .venv-system, because mpi4py would find the wheel's first).
 
-Only the standard library is imported here, and the file parses on old Pythons, so that a Python
-that is too old is told so.
+Only the standard library is imported here, and the file is for Python 3.6, too, which many clusters
+have: where this Python is too old, a newer one on PATH is taken, or its user is told.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: Python 3.6 does not know it. Quotes do the same.
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
+NEWEST = 20  # minor version that is looked for, at most
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "hpcsync-setup.json"
 
@@ -42,10 +46,29 @@ def fail(text: str) -> None:
     raise SystemExit(2)
 
 
+def take_newer(argv: "list[str]") -> None:
+    """Become this command under a Python that is new enough, or end where there is none."""
+    old = ".".join(map(str, sys.version_info[:3]))
+    # uv and pip put programs into the second place.
+    places = (os.environ.get("PATH", os.defpath), os.path.expanduser("~/.local/bin"))
+    right = f"import sys, venv; sys.exit(sys.version_info < {OLDEST})"
+    for minor in range(OLDEST[1], NEWEST + 1):
+        found = shutil.which(f"python3.{minor}", path=os.pathsep.join(places))
+        if found and _quiet(found, "-c", right) is None:
+            say(f"python3 is Python {old}, which is too old; taking {found}")
+            os.execv(found, [found, os.path.abspath(__file__), *argv])
+    needed = ".".join(map(str, OLDEST))
+    fail(
+        f"hpcsync needs Python {needed} or newer; this is {old}, and no newer one is on PATH: load "
+        f"your site's (`module avail python`) or install one (say, python{needed} by the system's "
+        "packages), and run this again"
+    )
+
+
 # --- the virtual environment ------------------------------------------------------------------
 
 
-def _quiet(*command: str, env: dict[str, str] | None = None) -> str | None:
+def _quiet(*command: str, env: "dict[str, str] | None" = None) -> "str | None":
     """Run a command; None if it succeeded, else the last of what it said."""
     try:
         done = subprocess.run(
@@ -63,11 +86,11 @@ def _quiet(*command: str, env: dict[str, str] | None = None) -> str | None:
     return done.stdout.decode(errors="replace").strip()[-2000:] or "exit status not 0"
 
 
-def _by_venv(where: Path) -> str | None:
+def _by_venv(where: Path) -> "str | None":
     return _quiet(sys.executable, "-m", "venv", "--clear", str(where))
 
 
-def _by_virtualenv(where: Path) -> str | None:
+def _by_virtualenv(where: Path) -> "str | None":
     """Debian leaves ensurepip out of python3; virtualenv does not need it, and comes by pip.
 
     It is installed aside and thrown away: Debian's own Python is externally managed.
@@ -80,7 +103,7 @@ def _by_virtualenv(where: Path) -> str | None:
         return _quiet(sys.executable, "-m", "virtualenv", "--clear", str(where), env=env)
 
 
-def _by_apt(where: Path) -> str | None:
+def _by_apt(where: Path) -> "str | None":
     """As root on Debian or Ubuntu: install the missing python3-venv."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return "not root, or no apt-get"
@@ -122,30 +145,82 @@ def fingerprint() -> str:
     """A digest of all that decides what is installed."""
     digest = hashlib.sha256()
     native = sorted(path for path in (ROOT / "cuda").rglob("*") if path.is_file())
-    for path in (ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "setup.py", *native):
+    names = ("constraints.txt", "pyproject.toml", "setup.py", "build_kernels.py")
+    for path in (*(ROOT / name for name in names), *native):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     digest.update(f"{ROOT} {os.path.realpath(sys.executable)} {sys.version}".encode())
-    # One that is installed later builds the kernels then.
-    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    digest.update(f"{compiler}".encode())
+    # A compiler that is installed or named later builds the kernels then.
+    chosen = [os.environ.get(name, "").strip() for name in ("CXX", "CC")]
+    names = next(filter(None, chosen), "").split()[:1] or ["c++", "g++", "clang++"]
+    digest.update(f"{chosen} {any(shutil.which(name) for name in names)}".encode())
     return digest.hexdigest()
 
 
-def install(python: Path, extras: list[str]) -> None:
-    """Install hpcsync, editable, with ``extras``, at the pinned versions."""
+def install(python: Path, extras: "list[str]", compile_all: bool = True) -> None:
+    """Install hpcsync, editable, with ``extras``, at the pinned versions.
+
+    Without ``compile_all`` a module is compiled to bytecode when it is first imported: of torch's
+    that is a half.
+    """
     wanted = f"[{','.join(extras)}]" if extras else ""
     say(f"installing hpcsync{wanted} at the versions of constraints.txt")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     pins = ["-c", str(ROOT / "constraints.txt")]
-    if _quiet(*pip, *pins, "torch") is not None:
+    # Where no bytecode is written, every start would compile again.
+    if not compile_all and not sys.dont_write_bytecode:
+        pip.append("--no-compile")
+    build = _build_requirements()
+    if _quiet(*pip, *pins, "torch", *build) is not None:
         # The package index has no CPU build of torch: take it from torch's own.
         why = _quiet(*pip, *pins, "torch", "--no-deps", "--index-url", TORCH_CPU_INDEX)
         if why is not None:
             fail(f"cannot install torch's CPU build: {_last_line(why)}")
-    why = _quiet(*pip, *pins, "-e", f"{ROOT}{wanted}")
-    if why is not None:
-        print(why, file=sys.stderr)
-        fail(f"pip could not install hpcsync: {_last_line(why)}")
+        why = _quiet(*pip, *pins, *build)
+        if why is not None:
+            fail(f"cannot install {' '.join(build)}: {_last_line(why)}")
+    package = ["-e", f"{ROOT}{wanted}"]
+    # With what it is built with in the environment, pip need not make another one to build it in;
+    # a dependency that comes as source may want one.
+    if _quiet(*pip, *pins, "--no-build-isolation", *package) is not None:
+        why = _quiet(*pip, *pins, *package)
+        if why is not None:
+            print(why, file=sys.stderr)
+            fail(f"pip could not install hpcsync: {_last_line(why)}")
+
+
+def _build_requirements() -> "list[str]":
+    import tomllib  # not in Pythons that are too old, which are told so first
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return list(tomllib.load(file)["build-system"]["requires"])
+
+
+@contextlib.contextmanager
+def kernels_meanwhile() -> "Iterator[None]":
+    """Compile the native kernels beside what is done meanwhile, and say so where that fails.
+
+    pip's own build of the package waits for it, and takes what it made.
+    """
+    build = subprocess.Popen(
+        [sys.executable, str(ROOT / "build_kernels.py")],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield
+        told = build.communicate()[0].decode(errors="replace").strip()
+        if build.returncode:
+            say(
+                f"the native kernels were not built: {_last_line(told or 'stopped')}; sums and "
+                "codecs run in NumPy, which is slower"
+            )
+    finally:
+        if build.poll() is None:
+            # Its compilers, too.
+            os.killpg(build.pid, signal.SIGTERM)
+            build.wait()
 
 
 def _last_line(text: str) -> str:
@@ -153,7 +228,7 @@ def _last_line(text: str) -> str:
     return (errors or text.splitlines())[-1]
 
 
-def prepare(where: Path, extras: list[str]) -> Path:
+def prepare(where: Path, extras: "list[str]", compile_all: bool = True) -> Path:
     """Make ``where`` a working environment with ``extras``, and return its Python."""
     python = where / "bin" / "python"
     stamp = where / STAMP
@@ -165,10 +240,11 @@ def prepare(where: Path, extras: list[str]) -> Path:
     if have is not None and set(extras) <= set(have):
         return python
     wanted = sorted(set(extras) | set(have or ()))
-    if not usable(python):
-        make_environment(where)
-    stamp.unlink(missing_ok=True)
-    install(python, wanted)
+    with kernels_meanwhile():
+        if not usable(python):
+            make_environment(where)
+        stamp.unlink(missing_ok=True)
+        install(python, wanted, compile_all)
     stamp.write_text(json.dumps({"pins": fingerprint(), "extras": wanted}))
     return python
 
@@ -189,7 +265,7 @@ def is_open_mpi(mpirun: str) -> bool:
     return b"Open MPI" in version.stdout or b"OpenRTE" in version.stdout
 
 
-def mpirun_command(mpirun: str, ranks: int) -> list[str]:
+def mpirun_command(mpirun: str, ranks: int) -> "list[str]":
     """``mpirun -n RANKS`` with the flags that one machine needs.
 
     Open MPI counts a slot a core and refuses more ranks than slots unless told otherwise; its
@@ -204,17 +280,19 @@ def mpirun_command(mpirun: str, ranks: int) -> list[str]:
     return command
 
 
-def mpirun_environment(environment: dict[str, str]) -> dict[str, str]:
-    """The same environment, with Open MPI's consent to run as root where we are root."""
+def mpirun_environment(environment: "dict[str, str]") -> "dict[str, str]":
+    """The same environment, with a home, which Open MPI needs, and its consent to run as root."""
+    environment = dict(environment)
+    environment["HOME"] = environment.get("HOME") or os.path.expanduser("~")
     if os.geteuid() != 0:
-        return dict(environment)
+        return environment
     return dict(environment, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
 
 
 # --- the commands -----------------------------------------------------------------------------
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: "list[str]") -> "tuple[argparse.Namespace, list[str]]":
     """Our own options, and everything else for the command that is started."""
     parser = argparse.ArgumentParser(
         prog="bootstrap.py",
@@ -241,7 +319,7 @@ def site_mpirun() -> str:
     return found
 
 
-def extras_of(options: argparse.Namespace, rest: list[str]) -> list[str]:
+def extras_of(options: argparse.Namespace, rest: "list[str]") -> "list[str]":
     """What of the package's extras a command needs, but for MPI."""
     if options.command == "test":
         return ["digits", "test"]
@@ -251,14 +329,10 @@ def extras_of(options: argparse.Namespace, rest: list[str]) -> list[str]:
     return ["digits"] if any("digits" in word for word in rest) else []
 
 
-def main(argv: list[str]) -> None:
+def main(argv: "list[str]") -> None:
     """Prepare the environment, then become the command."""
     if sys.version_info < OLDEST:
-        fail(
-            "hpcsync needs Python {}.{} or newer; this is {}".format(
-                *OLDEST, sys.version.split()[0]
-            )
-        )
+        take_newer(argv)
     options, rest = parse(argv)
     if options.command == "setup" and rest:
         fail(f"setup does not know {' '.join(rest)}")
@@ -266,7 +340,8 @@ def main(argv: list[str]) -> None:
     where = options.venv.absolute() if options.venv else default
     system = site_mpirun() if options.system_mpi else None
     wheel = [] if options.system_mpi else ["mpi"]
-    python = prepare(where, sorted(wheel + extras_of(options, rest)))
+    extras = sorted(wheel + extras_of(options, rest))
+    python = prepare(where, extras, compile_all=options.command != "train")
     environment = mpirun_environment(dict(os.environ))
     environment["VIRTUAL_ENV"] = str(where)
     environment["PATH"] = f"{where / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -276,7 +351,7 @@ def main(argv: list[str]) -> None:
         return
     if options.command == "test":
         os.chdir(ROOT)
-        command = [str(python), "-m", "pytest", *rest]
+        command = [str(python), "-m", "pytest", "-n", str(min(cores(), 8)), *rest]
     else:
         mpirun = system or str(where / "bin" / "mpirun")
         command = [
