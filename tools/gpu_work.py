@@ -211,11 +211,12 @@ class Gpu:
             raise BenchmarkError(
                 f"--device gpu: no GPU is at hand ({reason}); nothing was measured"
             )
-        from hpcsync.device import cuda_kernels
+
+        from hpcsync.device import cuda_launch, cuda_modules
 
         self._cupy = cupy
-        self.kernels = cuda_kernels.load(0)
-        self.memory = Memory(cupy.asarray, cuda_kernels.address_of)
+        self.kernels = cuda_modules.load(0)
+        self.memory = Memory(cupy.asarray, cuda_launch.address_of)
         properties = cupy.cuda.runtime.getDeviceProperties(0)
         driver = cupy.cuda.runtime.driverGetVersion()
         cuda = f"CUDA {driver // 1000}.{driver % 1000 // 10}"
@@ -233,7 +234,10 @@ class Gpu:
 
     def copier(self, most: int) -> Callable[[int], None]:
         """A copy of any size up to ``most`` bytes."""
-        source, target = self._cupy.ones(most, "uint8"), self._cupy.ones(most, "uint8")
+        # Not CuPy's ``ones``, a kernel of its own, which needs CUDA's headers to be compiled.
+        source, target = (self._cupy.empty(most, "uint8") for _ in range(2))
+        for each in (source, target):
+            each.data.memset(1, most)
 
         def copy(nbytes: int) -> None:
             target.data.copy_from_device_async(
