@@ -11,8 +11,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,7 +22,7 @@ import pytest
 from tests import launcher
 
 HERE = Path(__file__).resolve().parent
-SUMMARIES = pytest.StashKey[list[str]]()
+SUMMARY = "summary"
 
 # Timing is never asserted, and the ranks of a job must draw the same examples.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -72,9 +74,8 @@ LACKS: dict[str, Callable[[], str | None]] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose hypothesis' profile and make room for the MPI suite's summaries."""
+    """Choose hypothesis' profile."""
     hypothesis.settings.load_profile("mpi" if config.getoption("with_mpi") else "default")
-    config.stash[SUMMARIES] = []
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -98,18 +99,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """With ``-n``: unit tests on all workers, then what starts jobs on one, one after the other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith("tests/unit/") else "the machine"
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show how many tests each run of the MPI suite held."""
-    for line in config.stash[SUMMARIES]:
-        terminalreporter.write_line(line)
+    for report in chain(*terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "call":
+            for line in (line for name, line in report.user_properties if name == SUMMARY):
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture
 def summarise(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Add a line to what pytest prints at its end."""
-    return request.config.stash[SUMMARIES].append
+    return lambda line: request.node.user_properties.append((SUMMARY, line))
 
 
 @pytest.fixture
@@ -117,3 +131,21 @@ def mpi() -> None:
     """Skip the test where no MPI job can be started."""
     if reason := launcher.missing():
         pytest.skip(reason)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's own threads would only fight for the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

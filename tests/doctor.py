@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from hpcsync import config as configs
 from hpcsync.doctor.base import Finding, Status, System
 from tests import launcher
@@ -23,6 +25,11 @@ from tests import launcher
 ROOT = launcher.ROOT
 SITE = Path(sysconfig.get_paths()["purelib"])
 LIMIT_S = 240
+needs_mpi = pytest.mark.usefixtures("mpi")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do that")
+needs_gxx = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ is missing: apt-get install g++"
+)
 Test = TypeVar("Test", bound=Callable[..., Any])
 Findings = Callable[[System], Sequence[Finding]]
 
@@ -207,3 +214,16 @@ def module(folder: Path, name: str, text: str) -> Path:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+needs_cores = pytest.mark.skipif(cores() < 2, reason="one core: ranks cannot be bound apart")
+
+
+def mpirun(ranks: int, *flags: str) -> str:
+    """The start of a command line, for a shell."""
+    return shlex.join(launcher.mpirun(ranks, *flags))
+
+
+def has_own_mpi() -> bool:
+    """Whether MPI is a wheel of this environment."""
+    return (Path(sys.prefix) / "lib" / "libmpi.so.40").exists()

@@ -135,7 +135,11 @@ class Outcome:
 
 
 class Job:
-    """A job that runs: signal it, then wait for its end."""
+    """A job that runs: signal it, then wait for its end.
+
+    Args:
+        gpus: it sees this machine's GPUs; otherwise it computes on the CPU, whatever is here.
+    """
 
     def __init__(
         self,
@@ -143,12 +147,14 @@ class Job:
         *,
         env: Mapping[str, str] | None = None,
         cwd: Path | str = ROOT,
+        gpus: bool = False,
     ) -> None:
         self.command = tuple(command)
         self.mark = uuid.uuid4().hex
         self._segments = shared_memory()
         self._began = time.monotonic()
-        self._env, self._cwd = environment({**(env or {}), MARK: self.mark}), cwd
+        hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        self._env, self._cwd = environment({**hidden, **(env or {}), MARK: self.mark}), cwd
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
@@ -229,10 +235,11 @@ def run(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     cwd: Path | str = ROOT,
+    gpus: bool = False,
 ) -> Outcome:
     """Run ``python ARGUMENTS`` on ``ranks`` ranks and wait for its end.
 
-    A rank count of 0 runs it alone, without mpirun.
+    A rank count of 0 runs it alone, without mpirun. ``gpus`` as in ``Job``.
     """
     start = mpirun(ranks) if ranks else []
-    return Job([*start, sys.executable, *arguments], env=env, cwd=cwd).wait(timeout)
+    return Job([*start, sys.executable, *arguments], env=env, cwd=cwd, gpus=gpus).wait(timeout)

@@ -9,7 +9,7 @@ import pytest
 
 from tests import launcher
 
-TIMEOUT_S = 420.0
+TIMEOUT_S = 900.0
 # Of one test on one rank; then its stack is printed and the job ends.
 TEST_TIMEOUT_S = 90
 

@@ -13,7 +13,7 @@ from hpcsync import models
 from hpcsync.config import Config
 from hpcsync.data import Source
 from hpcsync.dryrun import find_data
-from hpcsync.engine import untied
+from hpcsync.tied import untied
 from tests import checkpoints
 
 

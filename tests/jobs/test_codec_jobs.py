@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.test_bad_input import Train, assert_told, start, write_model
+from tests import launcher, refused
+from tests.jobs.test_bad_input import Train, assert_told, start, tiny, write_model
 
 pytestmark = [pytest.mark.usefixtures("mpi"), pytest.mark.timeout(200)]
 
@@ -24,30 +25,38 @@ def train(tmp_path: Path) -> Train:
     return run  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ("compress.codec=int7", "unknown codec 'int7'; did you mean int8?"),
-        ("compress.allow=none,int7", "compress.allow: unknown codec 'int7'"),
-        ("compress.ratoi=0.1", "did you mean compress.ratio?"),
-        ("compress.ratio=0", "compress.ratio: must be a number above 0 and up to 1"),
-        ("compress.ratio=1.5", "compress.ratio: must be a number above 0 and up to 1"),
-        ("compress.rank=0", "compress.rank: must be a whole number of at least 1"),
-        ("compress.where=node", "compress.where: must be one of rail, all"),
-    ],
-)
-def test_a_wrong_key_is_told_once(train: Train, setting: str, said: str) -> None:
-    assert_told(train(*NODES, setting), said)
+# Words, and what is said of them.
+REFUSED = {
+    "compress.codec=int7": ("unknown codec 'int7'; did you mean int8?",),
+    "compress.allow=none,int7": ("compress.allow: unknown codec 'int7'",),
+    "compress.ratoi=0.1": ("did you mean compress.ratio?",),
+    "compress.ratio=0": ("compress.ratio: must be a number above 0 and up to 1",),
+    "compress.ratio=1.5": ("compress.ratio: must be a number above 0 and up to 1",),
+    "compress.rank=0": ("compress.rank: must be a whole number of at least 1",),
+    "compress.where=node": ("compress.where: must be one of rail, all",),
+    "compress.codec=powersgd compress.rank=999": ("compress.rank = 999", "or less"),
+    "compress.codec=int8 comm.reproducible=true": ("comm.reproducible",),
+}
 
 
-def test_a_rank_too_large_for_powersgd_is_told_once(train: Train) -> None:
-    outcome = train(*NODES, "compress.codec=powersgd", "compress.rank=999")
-    assert_told(outcome, "compress.rank = 999", "or less")
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What two ranks tell of each, in one job."""
+    if reason := launcher.missing():
+        pytest.skip(reason)
+    cases = {words: (*words.split(), *NODES, *tiny(words.split())) for words in REFUSED}
+    return refused.told(tmp_path_factory.mktemp("refused"), cases)
 
 
-def test_a_codec_that_cannot_be_reproducible_is_told_once(train: Train) -> None:
-    outcome = train(*NODES, "compress.codec=int8", "comm.reproducible=true")
-    assert_told(outcome, "comm.reproducible")
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_coded_is_told(refusals: dict[str, str], words: str) -> None:
+    for part in REFUSED[words]:
+        assert part in refusals[words], f"{part!r} is not in the message\n{refusals[words]}"
+
+
+def test_a_wrong_key_is_told_once(train: Train) -> None:
+    outcome = train(*NODES, "compress.codec=int7")
+    assert_told(outcome, "unknown codec 'int7'; did you mean int8?")
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

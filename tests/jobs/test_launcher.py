@@ -26,7 +26,7 @@ def test_it(comm):
 """
 
 
-def run_suite(tmp_path: Path, body: str) -> launcher.Outcome:
+def run_suite(tmp_path: Path, body: str, limit_s: int = 15) -> launcher.Outcome:
     """Run one test with the MPI suite's conftest on 2 ranks."""
     (tmp_path / "test_it.py").write_text(SUITE.format(body=body))
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
@@ -34,7 +34,7 @@ def run_suite(tmp_path: Path, body: str) -> launcher.Outcome:
         2,
         *("-m", "pytest", str(tmp_path), "--rootdir", str(tmp_path), "--with-mpi"),
         *("-p", "tests.mpi.conftest", "-p", "no:cacheprovider", "--color=no"),
-        "--timeout=15",
+        f"--timeout={limit_s}",
         timeout=60,
     )
 
@@ -57,7 +57,7 @@ def test_failure_while_others_wait_in_a_collective(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_shows_its_stack(tmp_path: Path) -> None:
-    outcome = run_suite(tmp_path, "world.rank == 1 and comm.recv(source=1)")
+    outcome = run_suite(tmp_path, "world.rank == 1 and comm.recv(source=1)", limit_s=5)
     outcome.assert_clean()
     assert outcome.status != 0
     assert "Timeout" in outcome.text, outcome.describe()
@@ -86,6 +86,14 @@ def test_segments_left_behind_are_seen() -> None:
             outcome.assert_clean()
     finally:
         os.unlink(f"/dev/shm/{name}")
+
+
+def test_jobs_see_gpus_only_where_they_ask_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    told = ("-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    assert launcher.run(0, *told).stdout == "\n"
+    assert launcher.run(0, *told, gpus=True).stdout == "3\n"
+    assert launcher.run(0, *told, env={"CUDA_VISIBLE_DEVICES": "1"}).stdout == "1\n"
 
 
 @pytest.mark.parametrize(("need", "status"), [("", 0), ("slurm", 4)])

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import pytest_timeout
@@ -128,3 +129,10 @@ def comm() -> Iterator[MPI.Intracomm]:
     own = MPI.COMM_WORLD.Dup()
     yield own
     own.Free()
+
+
+@pytest.fixture
+def folder(comm: MPI.Intracomm, tmp_path: Path) -> Path:
+    """A folder that all ranks share."""
+    shared: Path = comm.bcast(tmp_path)
+    return shared

@@ -29,7 +29,7 @@ from hpcsync.parallel import DataParallel
 from hpcsync.topology import Topology
 from hpcsync.transports.base import private_buffer
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("one_thread")]
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -52,14 +52,6 @@ ERRORS = {
     "randomk": 1.0,
     "powersgd": 1.0,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mpi4py import MPI
 
 from hpcsync import schedules
@@ -263,11 +264,11 @@ def test_eager_takes_any_array_again_and_again(opened: Open) -> None:
                     counts += [100_000, 140_000, 1_100_000]
                 for count in counts:
                     values = (whole(rank, count) + 10).astype(name)
-                    eager.allreduce(values.view(np.uint8), name, average=average)
+                    eager.allreduce(torch.from_numpy(values.view(np.uint8)), name, average=average)
                     wanted = (total(size, count) + 10 * size) / (size if average else 1)
                     np.testing.assert_array_equal(values, wanted.astype(name))
         with pytest.raises(ValueError, match="cannot be reduced"):
-            eager.allreduce(np.zeros(4, np.uint8), "bool", average=False)
+            eager.allreduce(torch.zeros(4, dtype=torch.uint8), "bool", average=False)
 
 
 def settle(collectives: Collectives, collective: Collective, begun: bool) -> None:
@@ -400,7 +401,7 @@ def test_shared_memory_that_was_asked_for_is_an_error_on_all_ranks(
         return
     if collectives.runtime.rank == 0:
         monkeypatch.setattr(os, "posix_fallocate", Full())
-    with pytest.raises(UserError, match=r"comm\.node_transport: shared_memory .*--shm-size"):
+    with pytest.raises(UserError, match=r"comm\.transport\.node: shared_memory .*--shm-size"):
         collectives.buffer(4000)
 
 

@@ -14,8 +14,9 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import hpcsync
-from hpcsync import binding
+from hpcsync import binding, library
 from hpcsync.errors import ConfigError, LaunchError, ModelError
+from hpcsync.runtime import AgreedError
 
 pytestmark = pytest.mark.mpi
 
@@ -189,7 +190,7 @@ def test_allreduce_refuses_what_it_cannot_do(started: None) -> None:
         for dtype in (torch.bool, torch.complex64):
             with pytest.raises(ValueError, match=r"dtype \w+ cannot be reduced; use one of"):
                 hpcsync.allreduce(torch.zeros(2, dtype=dtype), op)
-        with pytest.raises(ValueError, match="must be contiguous and in host memory"):
+        with pytest.raises(ValueError, match="must be contiguous, and on one of: cpu, cuda"):
             hpcsync.allreduce_(torch.zeros(4, 4).t()[:2], op)
     with pytest.raises(ValueError, match=r"average of int64 is not whole; use op=hpcsync\.Sum"):
         hpcsync.allreduce(torch.zeros(2, dtype=torch.int64))
@@ -326,6 +327,27 @@ def test_wrapping_with_wrong_values(started: None) -> None:
         assert "command line" not in str(told.value)
     with pytest.raises(ModelError, match="on meta"):
         hpcsync.DataParallel(nn.Linear(2, 2, device="meta"))
+
+
+@pytest.mark.skipif(SIZE < 2, reason="one rank has one kind of device")
+def test_ranks_on_two_kinds_of_device(started: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = f"rank 0 computes on cpu, but rank {LAST} on {{}}, and "
+    odd = [torch.empty(1, device="meta" if RANK == LAST else "cpu")]
+    with pytest.raises(LaunchError, match=words.format("meta")):
+        library._current().reach(odd)
+    here = binding.Place(frozenset({0}), kind="cuda" if RANK == LAST else "cpu")
+    monkeypatch.setattr(binding, "here", lambda device: here)
+    with pytest.raises(LaunchError, match=words.format("cuda")):
+        hpcsync.DataParallel(model())
+    monkeypatch.undo()
+    assert hpcsync.allreduce(torch.ones(2), hpcsync.Sum).tolist() == [SIZE, SIZE]
+
+
+def test_transports_of_gpus_for_a_module_of_the_host() -> None:
+    hpcsync.init(overrides=["comm.transport.node=nccl"])
+    with pytest.raises(AgreedError, match="nccl joins the memory of GPUs"):
+        hpcsync.DataParallel(model())
+    hpcsync.shutdown()
 
 
 @pytest.mark.skipif(SIZE < 2, reason="one rank has its device to itself")

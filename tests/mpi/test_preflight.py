@@ -86,6 +86,42 @@ def test_all_is_measured_and_right(
     assert kept.place == Place.here(topology, mpi_library()[0])
 
 
+@pytest.mark.parametrize("slow_looks", [1, 2, 9])
+def test_a_node_is_named_for_what_lasts(
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slow_looks: int,
+) -> None:
+    """Somebody else's busy moment is over when it is looked at again."""
+    if runtime.topology.node_count < 2:
+        pytest.skip("one node has none to be compared with")
+    looks: list[float] = []
+
+    def rates(self: survey.Survey, before: Any = ()) -> list[compute.Rates]:
+        looks.append(time.monotonic())
+        slow = 0.5 if len(looks) <= slow_looks else 1.0
+        last = runtime.topology.node_count - 1
+        found = [
+            compute.Rates(slow if runtime.topology.node_of(rank) == last else 1.0, 1.0, 0, "cpu")
+            for rank in range(runtime.size)
+        ]
+        return [now.better(then) for now, then in zip(found, before or found, strict=True)]
+
+    monkeypatch.setattr(__main__, "_AGAIN_S", (0.0, 0.01))
+    monkeypatch.setattr(survey.Survey, "compute", rates)
+    options = parse(["--json", "--slow", "0.8", "--save", "none"])
+    # Links of nodes that are one machine may differ, which is not looked at here.
+    monkeypatch.setattr(survey.Survey, "between_nodes", lambda self: survey.Level())
+    monkeypatch.setattr(survey.Survey, "in_nodes", lambda self: survey.Level())
+    status = __main__.preflight(runtime, options)
+    assert len(looks) == min(slow_looks, 2) + 1
+    assert status == (__main__.NAMED if slow_looks == 9 else 0)
+    if runtime.rank == 0:
+        slow = json.loads(capsys.readouterr().out)["slow"]
+        assert {each["what"] for each in slow} == ({"product"} if slow_looks == 9 else set())
+
+
 def test_a_transfer_that_is_changed_on_its_way_is_found(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hpcsync import launch
 from hpcsync.collectives import Collectives
@@ -112,6 +116,80 @@ def test_one_rank_fails_and_the_others_are_told(runtime: Runtime) -> None:
     assert total / runtime.size == pytest.approx(float(good[0].sum()))
 
 
+@contextlib.contextmanager
+def _fault_on(rank: int, runtime: Runtime) -> Iterator[None]:
+    """The backward pass inside fails on that rank, and the others are told."""
+    Faulty.armed = runtime.rank == rank
+    try:
+        yield
+    finally:
+        Faulty.armed = False
+
+
+@pytest.mark.parametrize("then", ["closes", "saves", "restores"])
+def test_who_failed_lets_the_others_go_on_whatever_it_does_next(
+    runtime: Runtime, then: str
+) -> None:
+    if runtime.size == 1:
+        pytest.skip("needs another rank")
+    model = _wrap(runtime)
+    for _ in range(2):
+        _step(model, runtime.rank)
+    state = model.reducer.state_dict()
+    with (
+        _fault_on(0, runtime),
+        pytest.raises((RuntimeError, HpcsyncError), match=r"planted|another"),
+    ):
+        _step(model, runtime.rank)
+    if then == "closes":
+        model.close()
+        return
+    if then == "saves":
+        assert model.reducer.state_dict()["order"] == state["order"]
+    else:
+        model.reducer.load_state_dict(state)
+    reference = _wrap(runtime)
+    for mine, other in zip(_step(model, runtime.rank), _step(reference, runtime.rank), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_no_rank_keeps_gradients_of_a_pass_that_was_given_up(runtime: Runtime) -> None:
+    if runtime.size == 1:
+        pytest.skip("needs another rank")
+    model = _wrap(runtime)
+    expected = _step(model, runtime.rank)
+    with (
+        _fault_on(0, runtime),
+        pytest.raises((RuntimeError, HpcsyncError), match=r"planted|another"),
+    ):
+        _step(model, runtime.rank)
+    # Not zeroed: what is left over would be added to.
+    model(torch.full((2, 64), float(runtime.rank + 1))).backward()
+    for param, other in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(param.grad, other)
+
+
+def test_models_that_differ_are_told_again(runtime: Runtime) -> None:
+    if runtime.size == 1:
+        pytest.skip("needs another rank")
+    model = _wrap(runtime)
+    _step(model, runtime.rank)
+    model.module.more = nn.Linear(4, 3 + runtime.rank)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="the models differ between ranks"):
+            model(torch.ones(2, 64))
+    del model.module.more
+    _step(model, runtime.rank)
+
+
+def test_a_forward_pass_within_a_backward_pass_gives_up_nothing(runtime: Runtime) -> None:
+    model = _wrap(runtime)
+    values = torch.ones(2, 64, requires_grad=True)
+    both = checkpoint(model, values, use_reentrant=True) + model(torch.ones(2, 64))
+    with pytest.raises(ModelError, match="use_reentrant=False"):
+        both.backward()
+
+
 def test_a_fault_of_one_rank_is_an_error_on_all(runtime: Runtime) -> None:
     if runtime.size == 1:
         pytest.skip("needs another rank")
@@ -164,6 +242,19 @@ def test_a_closed_wrapper_leaves_a_plain_module(runtime: Runtime) -> None:
     plain = Net()
     plain(torch.full((2, 64), float(runtime.rank + 1))).backward()
     assert torch.equal(alone[0], plain.front.weight.grad)
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_model_that_is_dropped_leaves_nothing_behind(runtime: Runtime, closes: bool) -> None:
+    collectives = Collectives(runtime, CommConfig())
+    model = DataParallel(Net(), runtime=runtime, collectives=collectives)
+    _step(model, runtime.rank)
+    left = [weakref.ref(each) for each in (model.reducer, *model.module.parameters())]
+    if closes:
+        model.close()
+    del model
+    gc.collect()
+    assert [each() for each in left] == [None] * len(left)
 
 
 def test_copies_hold_the_module_and_average_nothing(runtime: Runtime) -> None:

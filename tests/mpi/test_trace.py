@@ -22,13 +22,6 @@ pytestmark = pytest.mark.mpi
 SECONDS = 10**9
 
 
-@pytest.fixture
-def folder(comm: MPI.Intracomm, tmp_path: Path) -> Path:
-    """A folder that all ranks share."""
-    shared: Path = comm.bcast(tmp_path)
-    return shared
-
-
 @pytest.mark.parametrize("ranks_per_node", [0, 1, 2])
 def test_clocks_of_one_machine_agree(comm: MPI.Intracomm, ranks_per_node: int) -> None:
     if ranks_per_node and comm.size % ranks_per_node:
@@ -81,7 +74,7 @@ def test_a_run_leaves_a_trace(
     transport: str,
 ) -> None:
     words = ["train.steps=5", "trace.every=2", f"compress.codec={codec}", "compress.warmup=1"]
-    words += [f"comm.node_transport={transport}", "comm.bucket_mb=0.02"]
+    words += [f"comm.transport.node={transport}", "comm.bucket_mb=0.02"]
     words += ["topology.ranks_per_node=2"] if comm.size == 4 else []
     run(folder, *words)
     comm.Barrier()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import os
 import signal
@@ -18,13 +17,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor, nn
 
-from hpcsync import assembly, data, dryrun, exchange, launch, loop, models, train
+from hpcsync import assembly, data, dryrun, exchange, forecast, launch, loop, models, train
 from hpcsync import config as configs
 from hpcsync.config import Config
 from hpcsync.launch import AgreedError
 from hpcsync.observers import Observers
 from hpcsync.rules import learning_rate
 from hpcsync.stopping import StopSignals
+from tests.tiny_runs import replaced, rows
 
 pytestmark = pytest.mark.mpi
 
@@ -42,22 +42,9 @@ TINY = (
 )
 
 
-@pytest.fixture
-def folder(comm: MPI.Intracomm, tmp_path: Path) -> Path:
-    """A folder that all ranks share."""
-    shared: Path = comm.bcast(tmp_path)
-    return shared
-
-
 def tiny(*words: str) -> list[str]:
     """``words`` and those of TINY that they do not replace."""
-    given = {word.partition("=")[0] for word in words}
-    return [*(word for word in TINY if word.partition("=")[0] not in given), *words]
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return replaced(TINY, words)
 
 
 def losses(run: Path) -> list[float]:
@@ -173,7 +160,7 @@ def test_a_run_taken_up_makes_the_same_bits(comm: MPI.Intracomm) -> None:
                 observers=Observers([]),
                 signals=signals,
             )
-            records = [made.step()[0] for _ in range(steps)]
+            records = [record for _ in range(steps) for record in made.step()[0]]
             state = copy.deepcopy(parts.state())
         return [(each.step, each.loss, each.grad_norm, each.lr) for each in records], state
 
@@ -304,7 +291,7 @@ def test_the_dry_run_tells_the_bytes_that_are_sent(
     topology = dryrun.assume_topology(config, comm.size, 0)
     sizes = dryrun.measure(config, data.build(config), 1)
     plans = dryrun.plan(config, sizes)
-    ratios = dryrun._ratios(config, sizes, topology, plans)
+    ratios = forecast.ratios(config, sizes, topology, plans)
     parts = exchange.exchanges(config.comm, topology, plans, ratios)
     told = exchange.traffic(topology, parts)
     assert summary(made)["internode_bytes_per_step"] == pytest.approx(

@@ -22,7 +22,7 @@ from hpcsync.collectives.progress import Progress
 from hpcsync.device import DType, dtype_of, get
 from hpcsync.device.cpu import narrow, widen
 from hpcsync.schedules import Kind
-from hpcsync.transports import shared_memory
+from hpcsync.transports import mapped
 from hpcsync.transports.base import (
     Program,
     Region,
@@ -353,7 +353,7 @@ def test_buffers_are_private_to_the_user_and_unlinked(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
     made: list[tuple[str, int]] = []
-    create = SharedMemory._create
+    create = mapped.create
 
     def spy(name: str, nbytes: int) -> int:
         if not (named or name):
@@ -362,11 +362,11 @@ def test_buffers_are_private_to_the_user_and_unlinked(
         made.append((name, stat.S_IMODE(os.fstat(handle).st_mode)))
         return handle
 
-    monkeypatch.setattr(SharedMemory, "_create", staticmethod(spy))
+    monkeypatch.setattr(mapped, "create", spy)
     buffer = SharedMemory(comm, range(comm.size), get()).allocate(1000, 1)
     ((name, mode),) = made
     assert mode == 0o600
-    start = f"{shared_memory.FOLDER}/{shared_memory.PREFIX}{os.getpid()}-"
+    start = f"{mapped.FOLDER}/{mapped.PREFIX}{os.getpid()}-"
     assert name == "" if named else name.startswith(start)
     assert not os.path.exists(name)
     assert buffer.nbytes == 1000
@@ -392,13 +392,13 @@ def test_no_room_on_one_rank_is_told_to_all_and_leaves_nothing(
     with pytest.raises(SharedMemoryError, match=r"/dev/shm: No space left on device for \d+ MiB"):
         transport.allocate(5 << 20, 4)
     comm.Barrier()
-    mine = f"{shared_memory.PREFIX}{os.getpid()}-"
-    assert not [each for each in os.listdir(shared_memory.FOLDER) if each.startswith(mine)]
+    mine = f"{mapped.PREFIX}{os.getpid()}-"
+    assert not [each for each in os.listdir(mapped.FOLDER) if each.startswith(mine)]
 
 
 def test_counters_stand_on_lines_of_their_own(comm: MPI.Intracomm) -> None:
     buffer = SharedMemory(comm, range(comm.size), get()).allocate(64, 100)
-    assert [buffer.take_slot() for _ in range(100)] == list(range(100))
+    assert [buffer.slots.take() for _ in range(100)] == list(range(100))
     assert buffer.own.ctypes.data % 64 == 0
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcsync.device import cuda_kernels, kernels
+from hpcsync.device import cuda_launch, cuda_modules, kernels
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra"]
 FLAGS += ["-ffp-contract=off", "-fno-strict-aliasing", "-Wno-strict-aliasing"]
 MISSING = "" if shutil.which("g++") else "g++ is missing: apt-get install g++"
+SOURCES = {".cu", ".h", ".cuh", ".hpp", ".def"}
 CANARY = 0xA5
 GUARD = 64
 
@@ -27,7 +31,7 @@ GUARD = 64
 class Pointers(ctypes.Structure):
     """The pointer table that kernels take by value."""
 
-    _fields_ = (("at", ctypes.c_uint64 * cuda_kernels.MOST_ARRAYS),)
+    _fields_ = (("at", ctypes.c_uint64 * cuda_launch.MOST_ARRAYS),)
 
 
 C_TYPES: dict[type, Any] = {
@@ -52,22 +56,49 @@ def kernel_names(family: str) -> list[str]:
 
 
 @functools.cache
+def cache() -> Path:
+    """Where compiled families are kept from one process to the next: the user's own folder."""
+    folder = Path(tempfile.gettempdir()) / f"hpcsync-shim-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # Code is loaded from it: nobody else may have put it there.
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return Path(tempfile.mkdtemp(prefix="hpcsync-shim-"))
+    return folder
+
+
+@functools.cache
+def digest(text: str) -> str:
+    """Of all that a family's library is made of: its text, the sources, flags and compiler."""
+    told = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    found = hashlib.sha256(repr((text, told, os.uname().machine, FLAGS)).encode())
+    for folder in (kernels.source_folder(), HERE):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
+            found.update(f"{path}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+@functools.cache
 def library(family: str) -> ctypes.CDLL:
     """A family's kernels, compiled by g++ with the shim."""
     source = kernels.source_folder() / "gpu" / f"{family}.cu"
     entries = "\n".join(f"SHIM_KERNEL({name})" for name in kernel_names(family))
-    with tempfile.TemporaryDirectory() as folder:
-        main, target = Path(folder) / "main.cpp", Path(folder) / f"{family}.so"
-        main.write_text(f'#include "{HERE}/cuda_shim.h"\n#include "{source}"\n{entries}\n')
-        done = subprocess.run(
-            ["g++", *FLAGS, str(main), "-o", str(target)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert not done.stderr, done.stderr
-        return ctypes.CDLL(str(target))
+    text = f'#include "{HERE}/cuda_shim.h"\n#include "{source}"\n{entries}\n'
+    kept = cache() / f"{family}-{digest(text)}.so"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=cache()) as folder:
+            main, target = Path(folder) / "main.cpp", Path(folder) / f"{family}.so"
+            main.write_text(text)
+            done = subprocess.run(
+                ["g++", *FLAGS, str(main), "-o", str(target)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            assert not done.stderr, done.stderr
+            target.replace(kept)
+    return ctypes.CDLL(str(kept))
 
 
 def to_c(argument: Any) -> Any:
@@ -78,9 +109,9 @@ def to_c(argument: Any) -> Any:
     return C_TYPES[type(argument)](argument)
 
 
-def function(name: str, backwards: bool) -> cuda_kernels.Launch:
+def function(name: str, backwards: bool) -> cuda_launch.Launch:
     """A kernel, called as CuPy's are; ``backwards`` runs threads in the opposite order."""
-    entry = ctypes.c_void_p.in_dll(library(cuda_kernels.family_of(name)), f"shim_{name}").value
+    entry = ctypes.c_void_p.in_dll(library(cuda_modules.family_of(name)), f"shim_{name}").value
 
     def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
         given = [to_c(argument) for argument in arguments]
@@ -92,9 +123,9 @@ def function(name: str, backwards: bool) -> cuda_kernels.Launch:
     return call
 
 
-def launcher(backwards: bool = False) -> cuda_kernels.Launcher:
+def launcher(backwards: bool = False) -> cuda_launch.Launcher:
     """A device of one small processor: grids are smaller than the work, and go round."""
-    return cuda_kernels.Launcher(lambda name: function(name, backwards), processors=1)
+    return cuda_launch.Launcher(lambda name: function(name, backwards), processors=1)
 
 
 class Memory:

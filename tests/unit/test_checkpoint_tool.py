@@ -8,33 +8,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from hpcsync import checkpoint
 from tests import checkpoints, trained
+from tests.commands import Call, caller
 from tools import checkpoint as tool
 from tools.checking import diff, show
 
 ROOT = Path(__file__).resolve().parents[2]
-Call = Any
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """(status, stdout, stderr) of the tool called with these words."""
-
-    def called(*words: object) -> tuple[int, str, str]:
-        try:
-            status = tool.main([str(word) for word in words])
-        except SystemExit as error:
-            status = int(error.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
-    return called
+    return caller(tool.main, capsys)
 
 
 @pytest.fixture

@@ -6,9 +6,12 @@ import errno
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from hpcsync.checkpoint.saver import Saver
 from hpcsync.checkpoint.triggers import SAVE_NOW, STOP_AFTER_SAVE, Triggers
 from hpcsync.checkpoint.worker import Worker
 from hpcsync.intervals import Interval, best
@@ -32,6 +35,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_by_steps(tmp_path: Path, clock: Clock) -> None:
     triggers = Triggers(Interval(steps=3), tmp_path, 1.0)
     assert [step for step in range(1, 10) if triggers.due(step, writing=False)] == [3, 6, 9]
+
+
+def test_a_step_that_is_told_twice_asks_once() -> None:
+    asked: list[int] = []
+
+    def due(step: int, *, writing: bool) -> bool:
+        asked.append(step)
+        return True
+
+    triggers = SimpleNamespace(due=due, stop=False)
+    saver: Any = SimpleNamespace(
+        asked=False,
+        _runtime=SimpleNamespace(rank=0),
+        _triggers=triggers,
+        _writing=(),
+        _publishing=(),
+        _offered_step=-1,
+    )
+    assert [Saver.offer(saver, step)[0] for step in (4, 4, None, 5)] == [1, 0, 0, 1]
+    assert asked == [4, 5]
 
 
 def test_never(tmp_path: Path, clock: Clock) -> None:

@@ -21,27 +21,12 @@ from hpcsync.codecs.int4 import Int4, RotatedStore, pack, unpack
 from hpcsync.codecs.rotation import rotate, unrotate
 from hpcsync.device import kernels
 from hpcsync.device.kernels import address, pointer, size_t
+from tests.isas import ISAS, every_isa, using
 
-ISAS = ("plain", "avx2", "avx512")
 FORMS = ("numpy", *ISAS)
 LENGTHS = (0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 85, 255, 256, 257, 511, 512, 1000, 5000)
 
-every_isa = pytest.mark.parametrize("isa", ISAS)
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-@contextlib.contextmanager
-def using(isa: str) -> Iterator[kernels.Kernels]:
-    loaded = kernels.load()
-    if loaded is None:
-        pytest.skip(kernels.missing())
-    before = loaded.isa
-    if not loaded.use_isa(isa):
-        pytest.skip(f"the processor lacks {isa}")
-    try:
-        yield loaded
-    finally:
-        loaded.use_isa(before)
 
 
 @contextlib.contextmanager

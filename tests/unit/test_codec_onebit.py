@@ -18,10 +18,9 @@ from hpcsync.codecs.base import Floats
 from hpcsync.codecs.onebit import BLOCK, OneBit
 from hpcsync.device import kernels
 from hpcsync.device.kernels import size_t
+from tests.isas import ISAS, every_isa, using
 
-ISAS = ("plain", "avx2", "avx512")
 every_form = pytest.mark.parametrize("form", ["numpy", *ISAS])
-every_isa = pytest.mark.parametrize("isa", ISAS)
 
 
 @contextlib.contextmanager
@@ -30,16 +29,8 @@ def codec_of(form: str, *, error_feedback: bool = True) -> Iterator[OneBit]:
     if form == "numpy":
         yield OneBit(settings, None)
         return
-    loaded = kernels.load()
-    if loaded is None:
-        pytest.skip(kernels.missing())
-    before = loaded.isa
-    if not loaded.use_isa(form):
-        pytest.skip(f"the processor lacks {form}")
-    try:
+    with using(form) as loaded:
         yield OneBit(settings, loaded)
-    finally:
-        loaded.use_isa(before)
 
 
 def normal(count: int, seed: int = 0) -> Floats:

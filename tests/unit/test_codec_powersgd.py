@@ -15,6 +15,7 @@ from hpcsync.codecs import Matrix, Moment, Settings, Store
 from hpcsync.codecs.factors import Factors, NativeFactors
 from hpcsync.codecs.powersgd import PowerSGD, check, gains, lay_out
 from hpcsync.device import kernels
+from tests.isas import every_isa, using
 
 Floats = NDArray[np.float32]
 NATIVE = kernels.load()
@@ -131,16 +132,11 @@ def test_steps_are_those_of_torch(rank: int) -> None:
         np.testing.assert_allclose(found[0].reshape(shape), decoded[0], rtol=0, atol=1e-3)
 
 
-@pytest.mark.skipif(NATIVE is None, reason="the native kernels were not built")
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@every_isa
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 3, 4, 9])
 def test_kernels_have_the_bits_of_numpy(isa: str, shape: tuple[int, int], rank: int) -> None:
-    assert NATIVE is not None
-    before = NATIVE.isa
-    if not NATIVE.use_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    try:
+    with using(isa) as native:
         made = np.random.default_rng(rank)
         scales = np.float32(10.0) ** made.integers(-30, 18, shape).astype(np.float32)
         m = made.standard_normal(shape).astype(np.float32) * scales
@@ -150,7 +146,7 @@ def test_kernels_have_the_bits_of_numpy(isa: str, shape: tuple[int, int], rank: 
             for size in (shape[0], shape[1], shape[1])
         )
         results = []
-        for maths in (Factors(), NativeFactors(NATIVE)):
+        for maths in (Factors(), NativeFactors(native)):
             work, left = m.copy(), error.copy()
             rows = np.full((rank, shape[0]), np.nan, np.float32)
             columns = np.full((rank, shape[1]), np.nan, np.float32)
@@ -166,8 +162,6 @@ def test_kernels_have_the_bits_of_numpy(isa: str, shape: tuple[int, int], rank: 
             results.append([rows, columns, summed, work, left, unkept, basis])
         for reference, found in zip(*results, strict=True):
             np.testing.assert_array_equal(reference.view(np.uint32), found.view(np.uint32))
-    finally:
-        NATIVE.use_isa(before)
 
 
 # --- orthonormal factors ------------------------------------------------------------------------

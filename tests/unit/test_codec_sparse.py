@@ -1,200 +1,31 @@
-"""Top-k, threshold and random-k: what goes, what stays, and in how many bytes."""
+"""Top-k and threshold: what goes, what stays, and in how many bytes."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hpcsync.codecs import sparse_form
-from hpcsync.codecs.base import Floats, Moment, Settings, Store
-from hpcsync.codecs.randomk import GROUP, RandomK, picked
-from hpcsync.codecs.rounding import random_at
+from hpcsync.codecs.base import Floats, Moment, Settings
 from hpcsync.codecs.sparse import SparseCodec
 from hpcsync.codecs.threshold import Threshold
 from hpcsync.codecs.topk import TopK
 from hpcsync.device import kernels
 from hpcsync.device.kernels import empty_bytes
 from hpcsync.schedules import chunk_bounds
-
-NATIVE = kernels.load()
-ISAS = ["plain", "avx2", "avx512"]
-
-
-@pytest.fixture(params=ISAS)
-def native(request: pytest.FixtureRequest) -> Iterator[kernels.Kernels]:
-    """The kernels, with each instruction set that the processor has."""
-    if NATIVE is None:
-        pytest.skip("needs the native kernels (a C++ compiler when hpcsync is installed)")
-    before = NATIVE.isa
-    if not NATIVE.use_isa(request.param):
-        pytest.skip(f"needs a processor with {request.param}")
-    yield NATIVE
-    NATIVE.use_isa(before)
-
-
-def normal(rng: np.random.Generator, count: int) -> Floats:
-    return rng.standard_normal(count).astype(np.float32)
-
-
-def heavy(rng: np.random.Generator, count: int) -> Floats:
-    return rng.standard_cauchy(count).astype(np.float32)
-
-
-def mostly_zeros(rng: np.random.Generator, count: int) -> Floats:
-    return normal(rng, count) * (rng.random(count) < 0.015).astype(np.float32)
-
-
-def few(rng: np.random.Generator, count: int) -> Floats:
-    return normal(rng, count) * (rng.random(count) < 0.002).astype(np.float32)
-
-
-def constants(rng: np.random.Generator, count: int) -> Floats:
-    return np.full(count, -0.25, np.float32)
-
-
-def levels(rng: np.random.Generator, count: int) -> Floats:
-    """Many ties at every magnitude, as values that were rounded coarsely have."""
-    return np.round(normal(rng, count) * 4) / 4
-
-
-def clustered(rng: np.random.Generator, count: int) -> Floats:
-    """All that is large stands together, so that blocks of indices are full."""
-    values = normal(rng, count) * np.float32(1e-3)
-    values[count // 3 : count // 3 + count // 80] += 5.0
-    return values
-
-
-def huge_and_tiny(rng: np.random.Generator, count: int) -> Floats:
-    power = rng.uniform(-45, 38, count)
-    return (np.sign(normal(rng, count)) * 10.0**power).astype(np.float32)
-
-
-Make = Callable[[np.random.Generator, int], Floats]
-KINDS: list[Make] = [normal, heavy, mostly_zeros, few, constants, levels, clustered, huge_and_tiny]
-LENGTHS = [0, 1, 2, 7, 15, 16, 17, 255, 256, 257, 511, 1023, 1024, 1025, 4099, 65537]
-
-
-def piece(codec: SparseCodec, values: Floats, store: Store | None, moment: Moment) -> Floats:
-    """What a coded piece decodes to."""
-    out = empty_bytes(codec.capacity(values.shape[0]))
-    used = codec.encode(values, out, store, moment)
-    assert used <= out.shape[0]
-    decoded = np.full_like(values, 7.0)
-    codec.decode(out[:used], decoded)
-    return decoded
-
-
-def same(left: Floats, right: Floats) -> None:
-    assert left.dtype == right.dtype
-    np.testing.assert_array_equal(left.view(np.uint8), right.view(np.uint8))
-
-
-def compare(
-    one: SparseCodec, other: SparseCodec, batches: list[Floats], divisor: int = 3, place: int = 1
-) -> None:
-    """Codes the same steps with both, as sender and as owner, and compares all bits."""
-    count = batches[0].shape[0]
-    pairs = [(codec, codec.store(count, "sender"), codec.store(count, "owner"))
-             for codec in (one, other)]  # fmt: skip
-    for step, values in enumerate(batches):
-        results = []
-        for codec, sender, owner in pairs:
-            moment = Moment(step, 1000 + step, 5)
-            out, mean = (empty_bytes(codec.capacity(count)) for _ in range(2))
-            used = codec.encode(values, out, sender, moment)
-            own = values[::-1].copy()
-            final = codec.combine(own, place, [out[:used]] * 3, divisor, mean, owner, moment)
-            stores = [each.read(name) for each in (sender, owner) if each for name in each.fields]
-            results.append([out[:used], mean[:final], own, *stores])
-        for left, right in zip(*results, strict=True):
-            same(left, right)
-            assert left.dtype == np.uint8 or np.isfinite(left).all() or left is results[0][2]
-
-
-VARIANTS = [
-    Settings(),
-    Settings(error_feedback=False),
-    Settings(momentum=0.9),
-    Settings(ratio=0.3),
-    Settings(ratio=0.001, ratio_warmup=2),
-    Settings(ratio=1.0),
-]
-
-
-@pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize("variant", range(len(VARIANTS)))
-def test_top_k_has_the_bits_of_its_reference(
-    native: kernels.Kernels, make: Make, variant: int
-) -> None:
-    rng = np.random.default_rng(variant)
-    chosen = VARIANTS[variant]
-    for count in LENGTHS:
-        batches = [make(rng, count) for _ in range(3)]
-        compare(TopK(chosen, native), TopK(chosen), batches, place=variant % 4)
-
-
-@pytest.mark.parametrize("make", KINDS)
-def test_large_pieces_have_the_bits_of_the_reference(native: kernels.Kernels, make: Make) -> None:
-    rng = np.random.default_rng(2)
-    compare(TopK(Settings(), native), TopK(Settings()), [make(rng, 300_001) for _ in range(3)])
-
-
-@pytest.mark.parametrize("make", KINDS)
-@pytest.mark.parametrize(("limit", "momentum"), [(1e-30, 0.5), (0.3, 0.0), (2.5, 0.5), (1e30, 0.0)])
-def test_threshold_has_the_bits_of_its_reference(
-    native: kernels.Kernels, make: Make, limit: float, momentum: float
-) -> None:
-    rng = np.random.default_rng(1)
-    chosen = Settings(threshold=limit, momentum=momentum, error_feedback=limit < 1)
-    for count in LENGTHS:
-        batches = [make(rng, count) for _ in range(2)]
-        compare(Threshold(chosen, native), Threshold(chosen), batches, divisor=4)
-
-
-@pytest.mark.parametrize("sampled", [9.0, 0.0])
-def test_a_sample_that_misleads_changes_nothing(native: kernels.Kernels, sampled: float) -> None:
-    """Where the kernel looks first, all is large and the rest small, or the other way round."""
-    count, seed, runs = 1 << 20, 1000, 1024
-    stride = count // runs
-    jitter = random_at(seed, np.arange(1, runs + 1)).astype(np.int64) * (stride - 7) >> 32
-    places = (np.arange(runs) * stride + jitter)[:, None] + np.arange(8)
-    values = normal(np.random.default_rng(14), count)
-    values[places.ravel()] = sampled * values[places.ravel()] + sampled
-    compare(TopK(Settings(), native), TopK(Settings()), [values])
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), max_size=700),
-    st.sampled_from([0.0, 0.9]),
-    st.floats(0.001, 1.0),
-    st.booleans(),
+from tests.sparse import (
+    KINDS,
+    NATIVE,
+    Make,
+    clustered,
+    constants,
+    huge_and_tiny,
+    levels,
+    normal,
+    piece,
 )
-def test_any_values_have_the_bits_of_the_reference(
-    listed: list[float], momentum: float, ratio: float, feedback: bool
-) -> None:
-    if NATIVE is None:
-        pytest.skip("needs the native kernels (a C++ compiler when hpcsync is installed)")
-    values = np.array(listed, np.float32)
-    chosen = Settings(momentum=momentum, ratio=ratio, error_feedback=feedback, threshold=1e-3)
-    for make in (TopK, Threshold):
-        batches = [np.nan_to_num(values, posinf=3e38, neginf=-3e38) / 9, values, -values]
-        stores = [make(chosen, each).store(values.shape[0], "sender") for each in (NATIVE, None)]
-        for step, batch in enumerate(batches):
-            coded = []
-            for codec, store in zip((make(chosen, NATIVE), make(chosen)), stores, strict=True):
-                out = empty_bytes(codec.capacity(batch.shape[0]))
-                coded.append(out[: codec.encode(batch, out, store, Moment(step, step))])
-            same(coded[0], coded[1])
-            if stores[0] and stores[1]:
-                for name in stores[0].fields:
-                    same(stores[0].read(name), stores[1].read(name))
 
 
 @pytest.mark.parametrize("codec", [TopK(Settings(), NATIVE), TopK(Settings())])
@@ -440,109 +271,3 @@ def test_the_owner_sends_the_largest_of_the_mean_and_keeps_the_rest(place: int) 
         assert np.count_nonzero(own) == 400
         np.testing.assert_array_equal(own + store.read("error"), total)
         assert np.abs(own[own != 0]).min() >= np.abs(store.read("error")).max() * (1 - 2**-8)
-
-
-# ---- random-k ----------------------------------------------------------------------------------
-
-
-def exchange(
-    codecs: list[RandomK], gradients: list[Floats], stores: list[Store | None], moment: Moment
-) -> list[Floats]:
-    """One exchange among as many ranks as there are codecs; their results."""
-    ranks, count = len(codecs), gradients[0].shape[0]
-    forms = [codec.forms(count, [], ranks) for codec in codecs]
-    arrays = [[np.full(form.count, 9, form.dtype) for form in each] for each in forms]
-    results = [gradient.copy() for gradient in gradients]
-    every = [
-        codec.rounds(values, made, [], ranks, ranks, store, dataclasses.replace(moment, seed=rank))
-        for rank, (codec, values, made, store) in enumerate(
-            zip(codecs, results, arrays, stores, strict=True)
-        )
-    ]
-    for rounds in every:
-        assert next(rounds) == 0
-    with np.errstate(all="ignore"):
-        total = np.sum([made[0] for made in arrays], axis=0, dtype=np.float32)
-    for rounds, made in zip(every, arrays, strict=True):
-        made[0][:] = total
-        assert next(rounds, None) is None
-    return results
-
-
-@pytest.mark.parametrize("feedback", [True, False])
-@pytest.mark.parametrize("ratio", [0.001, 0.07, 1.0])
-def test_random_k_has_the_bits_of_its_reference(
-    native: kernels.Kernels, feedback: bool, ratio: float
-) -> None:
-    rng = np.random.default_rng(12)
-    chosen = Settings(error_feedback=feedback, ratio=ratio)
-    for count in LENGTHS:
-        codecs = [RandomK(chosen, native), RandomK(chosen), RandomK(chosen, native)]
-        stores = [codec.store(count, []) for codec in codecs]
-        for step in range(3):
-            same_gradient = huge_and_tiny(rng, count)
-            gradients = [same_gradient, same_gradient, normal(rng, count)]
-            results = exchange(codecs, gradients, stores, Moment(step, 0, step * 77))
-            same(results[0], results[1])
-            same(results[0], results[2])
-            if stores[0] and stores[1]:
-                same(stores[0].read("error"), stores[1].read("error"))
-
-
-@pytest.mark.parametrize("kernel", [NATIVE, None])
-@pytest.mark.parametrize("feedback", [True, False])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_random_k_carries_nan_that_was_not_picked(
-    kernel: kernels.Kernels | None, feedback: bool, bad: float
-) -> None:
-    codecs = [RandomK(Settings(error_feedback=feedback), kernel) for _ in range(2)]
-    gradients = [normal(np.random.default_rng(rank), 5000) for rank in range(2)]
-    gradients[1][4000] = bad
-    stores = [codec.store(5000, []) for codec in codecs]
-    for result in exchange(codecs, gradients, stores, Moment(0, 0, 3)):
-        assert np.isnan(result).all()
-    for store in stores:
-        assert store is None or np.isfinite(store.read("error")).all()
-
-
-def test_random_k_sends_everything_in_time() -> None:
-    rng = np.random.default_rng(13)
-    codecs = [RandomK(Settings(ratio=0.1), NATIVE) for _ in range(2)]
-    stores = [codec.store(1000, []) for codec in codecs]
-    given, sent = np.zeros(1000), np.zeros(1000)
-    for step in range(200):
-        gradients = [normal(rng, 1000) for _ in codecs]
-        given += (gradients[0] + gradients[1]) / 2
-        sent += exchange(codecs, gradients, stores, Moment(step, 0, step))[0]
-    held = sum((store.read("error") for store in stores if store), np.zeros(1000)) / 2
-    np.testing.assert_allclose(sent + held, given, atol=1e-3)
-
-
-def test_random_k_without_memory_is_unbiased() -> None:
-    count, rounds = 333, 4000
-    gradient = np.arange(1, count + 1, dtype=np.float32)
-    codec = RandomK(Settings(ratio=0.2, error_feedback=False), NATIVE)
-    mean = np.zeros(count)
-    for step in range(rounds):
-        mean += exchange([codec], [gradient], [None], Moment(0, 0, step))[0] / rounds
-    # A group goes with p = 4/21, so the mean's relative deviation is sqrt((1 - p) / p / rounds).
-    assert np.abs(mean / gradient - 1).max() < 4.5 * np.sqrt(17 / 4 / rounds)
-
-
-@pytest.mark.parametrize(("groups", "wanted"), [(1, 1), (7, 7), (100, 1), (100, 3), (1000, 10)])
-def test_groups_are_different_and_equally_likely(groups: int, wanted: int) -> None:
-    rounds = 3000
-    times = np.zeros(groups)
-    for seed in range(rounds):
-        places = picked(groups, wanted, seed)
-        assert np.unique(places).shape[0] == wanted
-        times[places] += 1
-    p = wanted / groups
-    assert np.abs(times / rounds - p).max() <= 5.5 * np.sqrt(p * (1 - p) / rounds)
-
-
-def test_random_k_has_whole_groups_and_one_number_more() -> None:
-    codec = RandomK(Settings())
-    assert [form.count for form in codec.forms(160_000, [], 4)] == [100 * GROUP + 1]
-    assert [form.count for form in codec.forms(1, [], 4)] == [GROUP + 1]
-    assert [form.count for form in codec.forms(0, [], 4)] == [0]

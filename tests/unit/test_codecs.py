@@ -6,10 +6,9 @@ and each ``step`` gives what travelled and what each rank got. A new codec is on
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from hpcsync import codecs
 from hpcsync.codecs import Matrix, Moment, PieceCodec, Settings, Store, SumCodec
 from hpcsync.codecs.base import OWNER, SENDER, Floats
 from hpcsync.device import kernels
+from tests.isas import ISAS, using
 
 
 class Case(NamedTuple):
@@ -59,7 +59,6 @@ SUMMED = ("randomk", "powersgd", "int8_shared")
 
 # Enough is sent of short pieces.
 SETTINGS = Settings(ratio=0.1, threshold=1.0, rank=2)
-ISAS = ("plain", "avx2", "avx512")
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-38, 1e-36, 3.4028235e38, -1e38]
 
 every_codec = pytest.mark.parametrize("name", CASES)
@@ -71,21 +70,6 @@ def build(name: str, *, native: bool = False, **changed: Any) -> PieceCodec | Su
     made = codecs.build(name, chosen, native=native)
     assert isinstance(made, PieceCodec | SumCodec)
     return made
-
-
-@contextlib.contextmanager
-def using(isa: str) -> Iterator[None]:
-    """With the kernels of an instruction set."""
-    loaded = kernels.load()
-    if loaded is None:
-        pytest.skip(kernels.missing())
-    before = loaded.isa
-    if not loaded.use_isa(isa):
-        pytest.skip(f"the processor lacks {isa}")
-    try:
-        yield
-    finally:
-        loaded.use_isa(before)
 
 
 def shapes(count: int) -> list[Matrix]:

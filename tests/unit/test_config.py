@@ -83,8 +83,9 @@ def configs(draw: st.DrawFn) -> Config:
             drawn.train,
             accumulate=accumulate,
             global_batch=accumulate * draw(st.integers(1, 64)),
+            device="auto",
         ),
-        comm=dataclasses.replace(drawn.comm, reproducible=False),
+        comm=dataclasses.replace(drawn.comm, reproducible=False, node_transport="auto"),
         compress=dataclasses.replace(drawn.compress, where="all"),
     )
 
@@ -134,6 +135,19 @@ def test_explain_tells_a_key_a_section_or_all() -> None:
 def test_explain_knows_what_was_meant(name: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: no such .* did you mean {meant}\?"):
         config.explain(name)
+
+
+@pytest.mark.parametrize("name", ["comm.node_transport", "node_transport"])
+def test_explain_tells_a_rename(name: str) -> None:
+    said, _, text = config.explain(name).partition("\n\n")
+    assert said == "comm.node_transport is called comm.transport.node now."
+    assert text == config.explain("comm.transport.node")
+
+
+def test_explain_tells_a_table() -> None:
+    keys = [config.explain(f"comm.transport.{level}") for level in ("node", "rail")]
+    for name in ("comm.transport", "transport"):
+        assert config.explain(name) == "\n\n".join(keys)
 
 
 def test_explain_of_something_far_off_lists_the_sections() -> None:
@@ -310,6 +324,24 @@ def test_the_default_deck_is_the_defaults_with_every_text() -> None:
 
 def test_the_gpu_deck_computes_in_bf16() -> None:
     assert config.load("gpu_cluster").train.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[comm.transport]\nnode = "mpi_host"\n',
+        '[comm]\ntransport.node = "mpi_host"\n',
+        'comm.transport = { node = "mpi_host" }\n',
+    ],
+)
+def test_a_section_may_hold_a_table_of_keys(tmp_path: Path, text: str) -> None:
+    deck = write(tmp_path / "deck.toml", text)
+    assert config.load(deck).comm.node_transport == "mpi_host"
+    assert config.load(deck, ["comm.transport.node=auto"]).comm.node_transport == "auto"
+
+
+def test_a_text_of_earlier_has_keys_by_their_old_names() -> None:
+    assert config.loads('comm.node_transport = "mpi_host"\n', "x").comm.node_transport == "mpi_host"
 
 
 def test_a_deck_may_be_a_text() -> None:

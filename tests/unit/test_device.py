@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hpcsync.device import Device, DType, dtype_of, get, kernels
 from hpcsync.device.cpu import _BLOCK, CpuDevice, narrow, widen
+from tests.isas import ISAS, using
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64")
@@ -34,17 +35,11 @@ def native() -> CpuDevice:
     return CpuDevice(loaded)
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """An instruction set in use, while the test runs."""
-    loaded = kernels.load()
-    if loaded is None:
-        pytest.skip(kernels.missing())
-    before = loaded.isa
-    if not loaded.use_isa(request.param):
-        pytest.skip(f"the processor lacks {request.param}")
-    yield request.param
-    loaded.use_isa(before)
+    with using(request.param):
+        yield request.param
 
 
 def drawn(name: str, count: int, sources: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:

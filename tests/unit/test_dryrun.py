@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from hpcsync import config as configs
-from hpcsync import data, dryrun, exchange, models
+from hpcsync import data, dryrun, exchange, forecast, models, peak
 from hpcsync.collectives import choice
 from hpcsync.config import CommConfig
 from hpcsync.device import dtype_of
@@ -97,6 +98,30 @@ def test_a_model_of_the_users_own_that_looks_at_values(
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert "does not run without values" in report("model.name=curious_model:build")
+
+
+def test_blocks_that_take_more_than_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "blocky_model.py").write_text(
+        "import torch\n"
+        "class Block(torch.nn.Linear):\n"
+        "    def forward(self, mask, *, values):\n"
+        "        return super().forward(values).tanh()\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.table, self.block = torch.nn.Embedding(256, 8), Block(8, 8)\n"
+        "    def blocks(self):\n"
+        "        return [self.block]\n"
+        "    def forward(self, inputs, targets):\n"
+        "        return self.block(None, values=self.table(inputs)).mean()\n"
+        "def build(config, source):\n"
+        "    return Model()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = report("model.name=blocky_model:build", "train.activation_checkpointing=true")
+    assert re.search(r"activations +[\d.]+ KiB", text), text
 
 
 def test_faults() -> None:
@@ -188,11 +213,23 @@ def test_what_receives_messages_is_counted() -> None:
     assert exchange.scratch(over_mpi, one, {exchange.Way("direct"): 1e6}) == pytest.approx(3e6 / 4)
 
 
+def test_a_device_holds_only_the_messages_on_the_way() -> None:
+    two = Topology.group(["a", "a", "b", "b"])
+    parts = {exchange.Way("hierarchical", "direct"): float(1 << 30)}
+    comm = CommConfig(credit_mb=16)
+    assert exchange.scratch(comm, two, parts, device=True) == 2 * (16 << 20) / 4
+    few = {exchange.Way("hierarchical", "direct"): 1e6}
+    assert exchange.scratch(comm, two, few, device=True) == pytest.approx(1e6 / 4)
+    staged = CommConfig(credit_mb=16, node_transport="mpi_staged")
+    more = 2 * (16 << 20) * (1 / 4 + 1 / 2)
+    assert exchange.scratch(staged, two, parts, device=True) == pytest.approx(more)
+
+
 def test_many_ranks_are_not_taken_to_be_on_one_node() -> None:
     text = report("train.global_batch=512", ranks=512)
     assert "512 ranks assumed on 64 nodes of 8; give --nodes to say otherwise" in text
     assert "between nodes" in text
-    assert "this version computes on CPUs only" in text
+    assert "cpu; or GPUs where every rank has one" in text
     assert "assumed" not in report("train.global_batch=512", ranks=512, nodes=32)
     assert "assumed" not in report("train.global_batch=512", "topology.ranks_per_node=4", ranks=512)
     assert "assumed" not in report(ranks=8)
@@ -209,7 +246,7 @@ def test_coded_bytes_are_told(codec: str, least: float, most: float) -> None:
         config = configs.load(None, ["data.options={max_mb=0.5}", *overrides])
         sizes = dryrun.measure(config, data.build(config), 1)
         plans = dryrun.plan(config, sizes)
-        ratios = dryrun._ratios(config, sizes, topology, plans)
+        ratios = forecast.ratios(config, sizes, topology, plans)
         where = config.compress.where
         parts = exchange.exchanges(config.comm, topology, plans, ratios, where)
         return exchange.traffic(topology, parts).node_far
@@ -218,3 +255,74 @@ def test_coded_bytes_are_told(codec: str, least: float, most: float) -> None:
     for where in ("rail", "all"):
         ratio = far(f"compress.codec={codec}", f"compress.where={where}") / plain
         assert least <= ratio / (1 if where == "rail" else 2) <= most
+
+
+def test_memory_of_a_gpu() -> None:
+    host, text = report(ranks=4), report("train.device=cuda", ranks=4)
+    assert "cuda: a GPU for each rank" in text
+    assert "/dev/shm" in host
+    assert "/dev/shm" not in text
+    assert re.search(r"a GPU +\d.* and CUDA's own", text)
+    for name in ("copies", "workspace"):
+        assert re.search(rf"\b{name} +[\d.]+ [KM]iB", text), text
+        assert name not in host
+    assert "copies" not in report("train.device=cuda", "comm.transport.node=mpi_staged", ranks=4)
+    assert re.search(r"devices +cpu\n", report("train.device=cpu", ranks=4))
+
+
+@pytest.mark.parametrize("where", ["rail", "all"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_memory_of_codecs_is_counted(where: str, feedback: bool) -> None:
+    topology = Topology.group([f"n{rank // 2}" for rank in range(4)])
+    share = 2 if where == "rail" else 1
+
+    def parts(*overrides: str) -> tuple[int, dict[str, float]]:
+        config = configs.load(None, ["data.options={max_mb=0.5}", *overrides])
+        sizes = dryrun.measure(config, data.build(config), 1)
+        plans = dryrun.plan(config, sizes)
+        ways = dryrun.ways(config, sizes, topology, plans)
+        found = dryrun.memory_parts(config, sizes, topology, 1, ways, device=True)
+        return sum(plan.coded_numel for plan in plans), {name: n for name, n, _ in found}
+
+    _, plain = parts()
+    assert (plain["errors"], plain["coded"]) == (0, 0)
+    keep = f"compress.error_feedback={str(feedback).lower()}"
+    for codec, nbytes in (("int8", 1), ("bf16", 2), ("powersgd", None)):
+        if codec == "powersgd" and not feedback:
+            continue
+        count, found = parts(f"compress.codec={codec}", f"compress.where={where}", keep)
+        assert count > 0
+        assert found["errors"] == (4 * count / share if feedback else 0)
+        if nbytes:
+            assert found["coded"] == pytest.approx(3 * nbytes * count / share, rel=0.05)
+
+
+def test_a_coded_run_is_predicted() -> None:
+    deck = ["model.layers=2", "model.width=64", "model.heads=2", "compress.codec=int8"]
+    config = configs.load(None, deck)
+    source, _ = dryrun.find_data(config)
+    topology = Topology.group(["a", "a", "b", "b"])
+    plain = peak.predicted(configs.load(None, deck[:-1]), topology, source)
+    coded = peak.predicted(config, topology, source)
+    assert plain is not None
+    assert coded is not None
+    assert coded > plain
+
+
+def test_a_prediction_is_compared() -> None:
+    config = configs.load(None, ["model.layers=2", "model.width=32", "model.heads=2"])
+    source, _ = dryrun.find_data(config)
+    expected = peak.predicted(config, Topology.group(["a"] * 2), source)
+    assert expected is not None
+    assert expected > 32 << 20
+    assert not peak.told(expected, expected, "rank 1 on b")
+    assert not peak.told(expected * 1.2, expected, "rank 1 on b")
+    for found in (expected / 2, expected * 2):
+        assert "warning: rank 1 on b took up to" in peak.told(found, expected, "rank 1 on b")
+
+
+def test_a_prediction_that_fails_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configs.load(None, ["model.layers=1", "model.width=32", "model.heads=2"])
+    source, _ = dryrun.find_data(config)
+    monkeypatch.setattr(forecast, "memory_parts", lambda *given, **named: 1 // 0)
+    assert peak.predicted(config, Topology.group(["a"] * 2), source) is None

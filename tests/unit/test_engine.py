@@ -2,72 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hpcsync.config import TrainConfig
-from hpcsync.engine import (
-    Engine,
-    ExhaustedError,
-    compile_model,
-    is_out_of_memory,
-    memory_errors,
-)
+from hpcsync.engine import Engine
 from hpcsync.errors import NonFiniteError, UserError
+from hpcsync.exhausted import ExhaustedError, is_out_of_memory, memory_errors
+from hpcsync.models import compile_model
 from hpcsync.optimizers import make_optimizer
 from hpcsync.rules import LossScale, learning_rate
+from tests import alone
 
 
-class Net(nn.Module):
-    """A small regression; ``poison`` multiplies the loss."""
+class Net(alone.Net):
+    """``poison`` multiplies the loss."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.out = nn.Linear(6, 16), nn.Linear(16, 1)
-        self.poison = 1.0
+    poison = 1.0
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = F.mse_loss(self.out(torch.tanh(self.inner(inputs))), targets)
-        return loss * self.poison
-
-
-class Alone(nn.Module):
-    """DataParallel on one rank: nothing to exchange."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.quiet = 0
-        self.factors: list[float] = []
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.module(inputs, targets)
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        self.quiet += 1
-        yield
-
-    def rescale(self, factor: float) -> None:
-        self.factors.append(factor)
-
-    def norm(self) -> Tensor:
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
+        return super().forward(inputs, targets) * self.poison
 
 
 def make(**settings: object) -> Engine:
     torch.manual_seed(1)
     net = Net()
     config = TrainConfig(**{"steps": 20, "warmup": 2, "lr": 1e-2, **settings})  # type: ignore[arg-type]
-    return Engine(net, make_optimizer(net, config), Alone(net), config)
+    return Engine(net, make_optimizer(net, config), alone.Alone(net), config)
 
 
 def batches(steps: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
@@ -212,7 +177,7 @@ def test_frozen_parameters_stay() -> None:
     net = Net()
     net.inner.weight.requires_grad_(False)
     config = TrainConfig(warmup=0)
-    engine = Engine(net, make_optimizer(net, config), Alone(net), config)
+    engine = Engine(net, make_optimizer(net, config), alone.Alone(net), config)
     before = net.inner.weight.clone()
     engine.step([batches(1)[0]])
     assert torch.equal(net.inner.weight, before)

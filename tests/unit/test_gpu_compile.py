@@ -1,4 +1,4 @@
-"""The GPU kernels through NVIDIA's compilers: nvcc, and NVRTC as CuPy calls it. No GPU is needed.
+"""The GPU kernels by NVIDIA's compilers: nvcc, and NVRTC as devices call it. No GPU is needed.
 
 Both come with a CUDA toolkit, and as wheels: pip install nvidia-cuda-nvcc nvidia-cuda-crt
 nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-nvrtc.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcsync.device import cuda_kernels, kernels
+from hpcsync.device import cuda_modules, kernels
 
-FAMILIES = sorted(set(cuda_kernels.FAMILY_OF.values()))
+FAMILIES = sorted(set(cuda_modules.FAMILY_OF.values()))
 ARCHITECTURES = ("80", "90")
 TOOLKITS = ("/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib")
 
@@ -68,7 +68,16 @@ def test_every_file_is_a_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nvcc(tmp_path: Path, family: str) -> None:
     source = kernels.source_folder() / "gpu" / f"{family}.cu"
-    words = ["-std=c++17", "-fmad=false", "-Werror", "all-warnings", "-fatbin", "--threads", "2"]
+    words = [
+        "-std=c++17",
+        "-fmad=false",
+        "-ftz=false",
+        "-Werror",
+        "all-warnings",
+        "-fatbin",
+        "--threads",
+        "2",
+    ]
     words += [f"-gencode=arch=compute_{each},code=sm_{each}" for each in ARCHITECTURES]
     done = subprocess.run(
         [str(find_nvcc()), *words, "-o", str(tmp_path / "out"), str(source)],
@@ -81,16 +90,16 @@ def test_nvcc(tmp_path: Path, family: str) -> None:
 
 
 def compile_by_nvrtc(family: str, architecture: str) -> str:
-    """PTX of a family, with the source and the options that CuPy is given."""
+    """PTX of a family, with the source and the options of the device."""
     nvrtc = find_nvrtc()
     assert nvrtc is not None
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    text = cuda_kernels.source_of(family).encode()
+    text = cuda_modules.source_of(family).encode()
     status = nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), text, f"{family}.cu".encode(), 0, None, None
     )
     assert status == 0
-    options = [*cuda_kernels.options(), f"--gpu-architecture=compute_{architecture}"]
+    options = [*cuda_modules.options(), f"--gpu-architecture=compute_{architecture}"]
     words = (ctypes.c_char_p * len(options))(*[each.encode() for each in options])
     status = nvrtc.nvrtcCompileProgram(program, len(options), words)
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -112,18 +121,18 @@ def test_nvrtc(family: str, architecture: str) -> None:
     ptx = compile_by_nvrtc(family, architecture)
     entries = re.findall(r"\.entry (\w+)", ptx)
     assert entries
-    assert {cuda_kernels.family_of(each) for each in entries} == {family}
+    assert {cuda_modules.family_of(each) for each in entries} == {family}
     # Nothing that would give other bits than the reference.
     assert not re.findall(r"\b(?:fma|mad|\w+\.ftz|\w+\.approx)\.\S*f32", ptx)
     assert not re.findall(r"\.(?:ftz|approx)\b", ptx)
 
 
 def test_source_changes_with_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy keeps what it compiled by the text that it was given, which includes no headers."""
+    """Compiled code is kept by the text that was given, which includes no headers."""
     folder = tmp_path / "cuda"
     shutil.copytree(kernels.source_folder(), folder)
-    monkeypatch.setattr(cuda_kernels, "source_folder", lambda: folder)
-    before = cuda_kernels.source_of("sums")
-    assert cuda_kernels.source_of("sums") == before
+    monkeypatch.setattr(cuda_modules, "source_folder", lambda: folder)
+    before = cuda_modules.source_of("sums")
+    assert cuda_modules.source_of("sums") == before
     (folder / "hpcsync_block.h").write_text("changed")
-    assert cuda_kernels.source_of("sums") != before
+    assert cuda_modules.source_of("sums") != before

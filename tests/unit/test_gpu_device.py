@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hpcsync import codecs
 from hpcsync.codecs.base import Moment, PieceCodec, Settings
 from hpcsync.codecs.sparse import ERROR, SparseCodec
-from hpcsync.device import cuda_kernels, cuda_sparse
+from hpcsync.device import cuda_kernels, cuda_launch, cuda_modules, cuda_sparse
 from hpcsync.device.base import dtype_of
 from hpcsync.device.cpu import CpuDevice
 from tests.shim.cases import KINDS, SEED, same, values_of
@@ -31,7 +31,7 @@ LENGTHS = [1, 255, 257, 5003, 1_000_003]
 def gpu() -> cuda_kernels.CudaKernels:
     import cupy
 
-    return cuda_kernels.load(cupy.cuda.Device().id)
+    return cuda_modules.load(cupy.cuda.Device().id)
 
 
 def on_device(array: NDArray[Any]) -> Any:
@@ -41,7 +41,7 @@ def on_device(array: NDArray[Any]) -> Any:
 
 
 def address(array: Any) -> int | None:
-    return None if array is None else cuda_kernels.address_of(array)
+    return None if array is None else cuda_launch.address_of(array)
 
 
 def reference(name: str, **settings: object) -> PieceCodec:
@@ -65,7 +65,7 @@ def test_encode_and_decode(gpu: cuda_kernels.CudaKernels, name: str, stochastic:
         for step in range(2):
             moment = Moment(step=step, seed=SEED + step)
             codec.encode(values, coded, store, moment)
-            drawn = (stochastic, moment.seed, cuda_kernels.address_of(out))
+            drawn = (stochastic, moment.seed, cuda_launch.address_of(out))
             if name == "onebit":
                 gpu.onebit_encode(address(x), address(held["error"]), n, address(out))
             elif name == "int4":
@@ -99,7 +99,7 @@ def test_combine(gpu: cuda_kernels.CudaKernels, name: str) -> None:
         mine, out = on_device(own), on_device(coded)
         sent = [on_device(each) for each in others]
         codec.combine(own, 1, others, 4, coded, None, Moment(seed=SEED))
-        sources = (address(mine), 1, [cuda_kernels.address_of(each) for each in sent], n, 4)
+        sources = (address(mine), 1, [cuda_launch.address_of(each) for each in sent], n, 4)
         if name == "onebit":
             gpu.onebit_combine(*sources, None, address(out))
         elif name == "int4":
@@ -122,7 +122,7 @@ def test_sums(gpu: cuda_kernels.CudaKernels, dtype: str) -> None:
         wanted = np.empty_like(sources[0])
         CpuDevice().reduce([wanted], sources, kind, 3)
         arrays = [on_device(each) for each in sources]
-        given = [cuda_kernels.address_of(each) for each in arrays]
+        given = [cuda_launch.address_of(each) for each in arrays]
         gpu.add(name, given[:2], given, n, 3)
         same(arrays[0].get().view(kind.storage), wanted)
         same(arrays[1].get().view(kind.storage), wanted)
@@ -143,7 +143,7 @@ def test_top_k(gpu: cuda_kernels.CudaKernels, ratio: float) -> None:
             values = values_of("normal", n, step)
             x, moment = on_device(values), Moment(step=step, seed=step)
             count = codec.encode(values, coded, store, moment)
-            places = [cuda_kernels.address_of(each) for each in (room, out, used)]
+            places = [cuda_launch.address_of(each) for each in (room, out, used)]
             k = codec.most(n, step)
             stores = (None, address(error))
             sparse.encode(address(x), 1, 0.0, *stores, n, k, 0.0, moment.seed, *places)
@@ -162,7 +162,7 @@ def test_calls_go_to_the_given_stream(gpu: cuda_kernels.CudaKernels) -> None:
 
     n = 10_000_000
     stream = cupy.cuda.Stream(non_blocking=True)
-    with cuda_kernels.on_stream(stream.ptr):
+    with cuda_modules.on_stream(stream.ptr):
         first, second = cupy.full(n, 1.0, np.float32), cupy.full(n, 2.0, np.float32)
         gpu.add("f32", [address(first)], [address(first), address(second)], n)
         total = first.sum()
@@ -174,4 +174,4 @@ def test_torch_tensors_have_addresses() -> None:
     import torch
 
     tensor = torch.zeros(4, device="cuda")
-    assert cuda_kernels.address_of(tensor) == tensor.data_ptr()
+    assert cuda_launch.address_of(tensor) == tensor.data_ptr()

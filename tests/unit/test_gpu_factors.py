@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hpcsync.codecs.factors import Factors
-from hpcsync.device.cuda_factors import CudaFactors, scratch
+from hpcsync.device.cuda_factors import FOUND, CudaFactors, scratch
 from tests.shim import host
 from tests.shim.cases import same
 from tests.shim.host import Memory, address
@@ -101,3 +101,45 @@ def test_orthogonalise(gpu: CudaFactors, n: int, rank: int, kind: str) -> None:
     with np.errstate(all="ignore"):
         Factors().orthogonalise(x)
     same(memory.values, x.reshape(-1))
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_not_finite_is_not_kept(
+    gpu: CudaFactors, spoilt: bool, large: bool, lost: bool
+) -> None:
+    rank, shape = 3, (33, 40)
+    m, error, basis = normal(1, *shape), normal(2, *shape), normal(3, rank, shape[1])
+    p, own, mean = normal(4, rank, shape[0]), normal(5, rank, shape[1]), normal(6, rank, shape[1])
+    mean[1, 7] = np.nan if spoilt else 1
+    own[2, 5] = 2e30 if large else 1
+    m[20, 30] = np.inf if lost else 1  # which only a look at a large matrix finds
+    wanted_m, wanted_error = m.copy(), error.copy()
+    with np.errstate(all="ignore"):
+        Factors().apply(wanted_m, wanted_error, p, own, mean)
+    if spoilt:
+        wanted_m.fill(np.nan)
+    memories = [Memory(each) for each in (m, error, basis, p, own, mean)]
+    at = [each.address for each in memories]
+    found = Memory(np.zeros(FOUND, np.uint32))
+    gpu.judge(at[0], *shape, *at[3:], rank, 1e30, found.address)
+    gpu.apply(at[0], at[1], *shape, *at[3:], rank, found.address)
+    gpu.keep(at[5], mean.size, found.address, at[2])
+    kept = error if spoilt or (large and lost) else wanted_error
+    wanted = (wanted_m, kept, basis if spoilt else mean)
+    for memory, values in zip(memories[:3], wanted, strict=True):
+        same(memory.values, values.reshape(-1))
+
+
+@pytest.mark.parametrize("n", [1, 300, 1000])
+def test_rows_of_zeros_are_replaced(gpu: CudaFactors, n: int) -> None:
+    q, fresh = normal(1, 5, n), normal(2, 5, n)
+    q[1] = q[4] = 0.0
+    q[4, -1] = -0.0
+    q[2] = 0.0
+    q[2, n // 2] = np.nan
+    memory, rows = Memory(q), Memory(fresh)
+    gpu.renew(memory.address, 5, n, rows.address)
+    q[[1, 4]] = fresh[[1, 4]]
+    same(memory.values, q.reshape(-1))

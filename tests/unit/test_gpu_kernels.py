@@ -196,6 +196,32 @@ def test_sums(gpu: cuda_kernels.CudaKernels, dtype: str, name: str) -> None:
                 same(made, wanted)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float64", "int8", "uint8", "int16", "int32", "int64", "int32 max"]
+)
+def test_sums_of_other_types(gpu: cuda_kernels.CudaKernels, dtype: str) -> None:
+    kind = dtype_of(dtype)
+    random = np.random.default_rng(1)
+    for index, n in enumerate(LENGTHS):
+        count, divisor = index % 5 + 1, (1, 3, 4)[index % 3] if kind.floating else 1
+        if kind.floating:
+            sources = [random.standard_normal(n) * 10.0 ** (9 * s) for s in range(count)]
+        else:
+            given = np.iinfo(kind.storage)
+            sources = [
+                random.integers(given.min, given.max, n, kind.storage, endpoint=True)
+                for _ in range(count)
+            ]
+        memories = [Memory(each, kind.itemsize * (s % 2)) for s, each in enumerate(sources)]
+        outs = [memories[index % count], Memory(np.zeros_like(sources[0]))]
+        wanted = np.empty_like(sources[0])
+        CpuDevice().reduce([wanted], sources, kind, divisor)
+        places = [each.address for each in outs], [each.address for each in memories]
+        gpu.reduce(kind, *places, n, divisor)
+        for out in outs:
+            np.testing.assert_array_equal(out.values, wanted)
+
+
 # ---- integers of shared scales -----------------------------------------------------------------
 
 

@@ -199,3 +199,20 @@ def test_random_groups(gpu: CudaSparse) -> None:
         reference.put(form, wanted, SEED, 3, 1.25, back)
         gpu.groups_put(out.address, n, wanted, SEED, 3, 1.25, made.address)
         same(made.values, back)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("n", [5, 1000, LONG])
+def test_groups_that_were_taken_are_cleared(gpu: CudaSparse, n: int, bad: bool) -> None:
+    values, wanted = values_of("mixed", n), max(1, n // 100)
+    memory, told = Memory(values), Memory(np.zeros(1, np.float32))
+    flag = Memory(np.array([bad], np.uint32))
+    gpu.groups_settle(memory.address, n, wanted, SEED, flag.address, told.address)
+    if not bad:
+        taken = np.empty(wanted * randomk.GROUP, np.float32)
+        randomk.Reference().take(values, wanted, SEED, True, taken)
+    same(memory.values, values)
+    assert np.isnan(told.values[0]) == bad
+    gpu.groups_settle(None, n, wanted, SEED, flag.address, told.address)
+    gpu.groups_spoil(told.address, n, memory.address)
+    same(memory.values, np.full(n, np.nan, np.float32) if bad else values)

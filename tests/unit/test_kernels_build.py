@@ -6,20 +6,23 @@ built without the optimiser, which gives the same bits sooner.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import build_kernels
 from hpcsync.device import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["cuda", "hpcsync", "inputs", "setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in"]
-PARTS += ["README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"]
+PARTS += ["build_kernels.py", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 OFFLINE = ["--no-deps", "--no-index"]
 WARNING = "warning: hpcsync is installed without its native kernels: "
@@ -62,10 +65,17 @@ def copy_checkout(target: Path) -> Path:
     return target
 
 
-def build_wheel(checkout: Path, **environment: str) -> tuple[Path, str]:
-    """The wheel, and what pip said."""
+def make_sdist(checkout: Path) -> Path:
+    """The archive of the sources; git, which would list more files, is not asked."""
+    run(sys.executable, "setup.py", "-q", "sdist", cwd=checkout)
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    return sdist
+
+
+def build_wheel(checkout: Path, source: str | Path = ".", **environment: str) -> tuple[Path, str]:
+    """The wheel of the checkout or of an sdist, and what pip said."""
     out = checkout / "wheels"
-    command = [*PIP, "wheel", "-v", "--no-build-isolation", *OFFLINE, "-w", out, "."]
+    command = [*PIP, "wheel", "-v", "--no-build-isolation", *OFFLINE, "-w", out, source]
     done = run(*command, cwd=checkout, **environment)
     (wheel,) = out.glob("*.whl")
     return wheel, done.stdout + done.stderr
@@ -84,8 +94,14 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(copy_checkout(tmp_path_factory.mktemp("wheel") / "checkout"))[0]
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sdist(copy_checkout(tmp_path_factory.mktemp("sdist") / "checkout"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Made from the sdist, as one from a package index is."""
+    return build_wheel(sdist.parent, sdist)[0]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +110,121 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     run(*PIP, "install", *OFFLINE, "--target", target, wheel)
     return target
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A checkout with one empty source, and a compiler for it that counts its calls in ``log``."""
+    source = tmp_path / "cuda" / "cpu" / "sums.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("1")
+    shutil.copy(ROOT / "build_kernels.py", tmp_path)
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exec echo 1\n"
+        f'echo $* >> {tmp_path}/log; for out; do :; done; echo built > "$out"\n'
+    )
+    compiler.chmod(0o755)
+    return tmp_path
+
+
+def test_sdist_holds_what_builds_the_package(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    native = {str(path.relative_to(ROOT)) for path in (ROOT / "cuda").rglob("*") if path.is_file()}
+    assert {"build_kernels.py", "setup.py", "setup.cfg", "pyproject.toml", *native} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".new"))]
+
+
+def test_sdist_installs_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    wheel, said = build_wheel(tmp_path, sdist, CXX="/bin/false")
+    assert f"{WARNING}/bin/false ended with status 1" in said
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "hpcsync/__init__.py" in names
+    assert "hpcsync/libhpcsync_kernels.so" not in names
+    assert "build_kernels.py" not in names
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [
+        ("true", "[Errno 17] File exists: '{checkout}/build/kernels': remove {checkout}/build or"),
+        ("'", "CXX=' is no command (no closing quotation): set CXX to a C++ compiler"),
+    ],
+    ids=["unwritable", "unquoted"],
+)
+def test_package_installs_where_kernels_cannot_be_built(
+    tmp_path: Path, compiler: str, why: str
+) -> None:
+    checkout = copy_checkout(tmp_path / "checkout")
+    (checkout / "build").mkdir()
+    (checkout / "build" / "kernels").write_text("a file")
+    command = [*PIP, "install", "-v", "--no-build-isolation", *OFFLINE, "-e", "."]
+    done = run(*command, "--target", tmp_path / "at", cwd=checkout, CXX=compiler)
+    said = done.stdout + done.stderr
+    assert WARNING + why.format(checkout=checkout) in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("variable", ["CXX", "CC"])
+def test_a_compiler_variable_that_is_no_command(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", " ")
+    monkeypatch.setenv(variable, "'g++")
+    why = rf"^{variable}='g\+\+ is no command \(no closing quotation\): set {variable} to"
+    with pytest.raises(build_kernels.BuildError, match=why):
+        build_kernels.library()
+
+
+def test_a_full_disk_is_told_in_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build_kernels, "ROOT", tiny)
+    monkeypatch.setattr(build_kernels, "build", full)
+    monkeypatch.setenv("CXX", str(tiny / "c++"))
+    with pytest.raises(build_kernels.BuildError, match=r"No space left on device: remove .*$"):
+        build_kernels.library()
+
+
+def test_a_build_removes_what_others_left(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tiny / "build" / "kernels"
+    (place / "tmpkilled").mkdir(parents=True)
+    (place / "tmpkilled" / "sums-any.o").write_text("")
+    (place / "0123.so").write_text("of an earlier version")
+    monkeypatch.setattr(build_kernels, "ROOT", tiny)
+    monkeypatch.setenv("CXX", str(tiny / "c++"))
+    copy = tiny / "hpcsync" / "library.so"
+    built = build_kernels.library(copy=copy)
+    assert {path.name for path in place.iterdir()} == {"lock", built.name}
+    assert [path.read_text() for path in copy.parent.iterdir()] == ["built\n"]
+
+
+def test_without_locks_nothing_of_another_build_is_removed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*given: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    other = tiny / "build" / "kernels" / "tmpother"
+    other.mkdir(parents=True)
+    monkeypatch.setattr(build_kernels, "ROOT", tiny)
+    monkeypatch.setattr(build_kernels.fcntl, "flock", flock)
+    monkeypatch.setenv("CXX", str(tiny / "c++"))
+    assert build_kernels.library().read_text() == "built\n"
+    assert other.exists()
+
+
+def test_builds_at_once_end_with_one_library(tiny: Path) -> None:
+    command = [sys.executable, str(tiny / "build_kernels.py")]
+    environment = {**os.environ, "CXX": str(tiny / "c++")}
+    builds = [subprocess.Popen(command, env=environment) for _ in range(4)]
+    assert [build.wait() for build in builds] == [0] * 4
+    (built,) = (tiny / "build" / "kernels").glob("*.so")
+    assert built.read_text() == "built\n"
+    links = [line for line in (tiny / "log").read_text().splitlines() if "-shared" in line]
+    assert len(links) == 1
 
 
 @needs_gxx
@@ -171,6 +302,63 @@ def test_asking_for_the_library_alone_fails_and_keeps_the_old_one(tmp_path: Path
     with pytest.raises(AssertionError, match="error: /bin/false ended with status 1"):
         run(*command, cwd=checkout, CXX="/bin/false")
     assert library.exists()
+
+
+def test_library_is_built_again_when_anything_of_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "cuda" / "cpu" / "sums.cpp"
+    header = tmp_path / "cuda" / "hpcsync_kernels.h"
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    source.parent.mkdir(parents=True)
+    source.write_text("1")
+    header.write_text("1")
+
+    def install_compiler(version: str) -> None:
+        compiler.write_text(
+            f"#!/bin/sh\n[ $1 = --version ] && exec echo {version}\n"
+            f'echo $* >> {log}; for out; do :; done; echo built > "$out"\n'
+        )
+        compiler.chmod(0o755)
+
+    def built(debug: bool = False) -> bool:
+        log.write_text("")
+        assert build_kernels.library(debug).read_text() == "built\n"
+        return bool(log.read_text())
+
+    monkeypatch.setattr(build_kernels, "ROOT", tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    install_compiler("1")
+    assert built()
+    assert not built()
+    assert built(debug=True)
+    source.write_text("2")
+    assert built()
+    header.write_text("2")
+    assert built()
+    source.rename(source.with_name("adds.cpp"))
+    assert built()
+    install_compiler("2")
+    assert built()
+    monkeypatch.setattr(build_kernels, "FLAGS", [*build_kernels.FLAGS, "-g"])
+    assert built()
+    assert not built()
+
+
+def test_a_failing_build_leaves_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "cuda" / "cpu" / "sums.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("")
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] || { echo sums.cpp: error: no >&2; exit 1; }\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build_kernels, "ROOT", tmp_path)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build_kernels.BuildError, match=r"^sums.cpp: error: no$"):
+        build_kernels.library()
+    assert [path.name for path in (tmp_path / "build" / "kernels").iterdir()] == ["lock"]
 
 
 @needs_gxx

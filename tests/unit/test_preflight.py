@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hpcsync.preflight import __main__, judge, report, turns
 from hpcsync.preflight.compute import Bench, Rates, Size, device_of
 from hpcsync.preflight.options import parse
 from hpcsync.preflight.survey import Level, PairFound
-from hpcsync.preflight.wire import Fault
+from hpcsync.preflight.wire import Fault, wants_more
 from hpcsync.topology import Topology
 
 LINK = 118e6
@@ -294,7 +295,9 @@ def test_json_holds_what_the_text_tells() -> None:
         (["--slow", "1.5"], "--slow: must be between 0 and 1"),
         (["--seconds", "0"], "--seconds: must be above 0"),
         (["--timeout", "-1"], "--timeout: must be above 0"),
-        (["--threads", "-1"], "must be 0 or more"),
+        (["--ranks-per-node", "-1"], "must be 0 or more"),
+        (["--threads", "-1"], "must be from 0 to 1024"),
+        (["--threads", "100000"], "must be from 0 to 1024"),
         (["--fast"], "unrecognized arguments: --fast; --help lists"),
     ],
 )
@@ -363,7 +366,7 @@ def test_an_error_is_an_object_for_programs(capsys: pytest.CaptureFixture[str]) 
 
 def test_rates_are_above_nothing_and_products_right() -> None:
     bench = Bench(torch.device("cpu"), Size(64, 1 << 16))
-    found = bench.measure(1, 0.01)
+    found = bench.measure(0.001)
     assert found.product > 0
     assert found.memory > 0
     assert found.wrong == 0
@@ -378,7 +381,28 @@ def test_a_product_that_comes_out_otherwise_is_counted(monkeypatch: pytest.Monke
         self._product[3, 5] += 1
 
     monkeypatch.setattr(Bench, "_multiply", flips)
-    assert bench.measure(2, 0.01).wrong == 2
+    windows = iter([True, True, False])
+    assert bench.measure(0.001, agree=lambda more: next(windows)).wrong == 2
+
+
+def test_windows_that_others_took_part_of_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best two of either work have to be near each other, or other ranks want another one."""
+    bench = Bench(torch.device("cpu"), Size(64, 1 << 16))
+    rates = {"_multiply": [6.0, 9.0, 10.0, 10.1, 3.0], "_copy": [5.0, 4.0, 5.0, 4.9, 2.0]}
+    wanted: list[bool] = []
+
+    def next_rate(self: Bench, work: Callable[[], None], window_s: float) -> float:
+        return rates[work.__name__][len(wanted) - 1]
+
+    def one_more(wants: bool) -> bool:
+        wanted.append(wants)
+        return wants or len(wanted) < 6
+
+    monkeypatch.setattr(Bench, "_calls_a_second", next_rate)
+    found = bench.measure(agree=one_more)
+    assert wanted == [True, True, True, True, False, False]
+    assert found.product == 10.1 * 2 * 64**3
+    assert found.memory == 5.0 * 2 * (1 << 16)
 
 
 def test_ranks_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,3 +411,12 @@ def test_ranks_of_a_node_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [device_of(local).index for local in range(5)] == [0, 1, 2, 3, 0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of(3).type == "cpu"
+
+
+def test_a_rate_counts_once_another_one_confirms_it() -> None:
+    assert wants_more([])
+    assert wants_more([100.0])
+    assert not wants_more([100.0, 98.0])
+    assert wants_more([100.0, 50.0])
+    assert not wants_more([50.0, 100.0, 98.0])
+    assert not wants_more([100.0, 90.0, 80.0, 70.0, 60.0, 50.0])

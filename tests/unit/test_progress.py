@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hpcsync.collectives.progress import Place, Progress
+from hpcsync.collectives.jobs import Place
+from hpcsync.collectives.progress import Progress
 from hpcsync.errors import CollectiveTimeout, HpcsyncError
 from hpcsync.transports.base import Wait
 

@@ -6,19 +6,39 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from hpcsync.checkpoint.replay import chain, records
+from hpcsync.checkpoint.replay import chain, log, records
 from hpcsync.checkpoint.replay.background import Background
 from hpcsync.checkpoint.replay.records import HEAD_BYTES, Writer, scan
 from hpcsync.checkpoint.replay.slots import Slots
+from hpcsync.config import CommConfig
 
 IDENTITY = {"lineage": "abc", "rank": 0, "nodes": [[0]], "setup": "1"}
+
+
+def test_logs_of_versions_without_a_transport_of_rails_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hash of what those versions hashed, as long as the key says nothing."""
+    layer = nn.Linear(2, 3)
+    engine: Any = SimpleNamespace(optimizer=torch.optim.SGD(layer.parameters()))
+    reducer: Any = SimpleNamespace(parameters=dict(layer.named_parameters()), compression=None)
+    hashed: list[Any] = []
+    monkeypatch.setattr(
+        log, "json", SimpleNamespace(dumps=lambda told, **_: str(hashed.append(told)))
+    )
+    for rail in ("auto", "mpi_host"):
+        log._setup(engine, reducer, CommConfig(rail_transport=rail))
+    assert ["rail_transport" in told["comm"] for told in hashed] == [False, True]
 
 
 def data(step: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -93,6 +93,10 @@ def shell(fakes: Path, script: str, status: int = 0, **env: str) -> str:
         ({"SLURM_NTASKS_PER_NODE": "1"}, "2 1 16 8"),
         ({"SLURM_NTASKS": "3"}, "3 2 8 4"),
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "4"}, "4 2 4 2"),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4"}, "4 2 8 4"),
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "3"}, "3 2 8 4"),
+        ({"SLURM_NTASKS_PER_NODE": "4(x2)"}, "8 4 4 2"),
+        ({"SLURM_NTASKS_PER_NODE": "2,1", "SLURM_NTASKS": "3"}, "3 2 8 4"),
         ({"SLURM_CPUS_ON_NODE": "1"}, "2 1 1 1"),
         ({"SLURM_GPUS_ON_NODE": "3"}, "6 3 4 2"),  # whole cores
         ({"SLURM_THREADS_PER_CORE": "1"}, "4 2 4 4"),
@@ -131,9 +135,75 @@ def test_ranks_get_the_environment_of_the_script(fakes: Path) -> None:
     steps = "load_environment lay_out find_python find_site choose_launcher"
     script = f'for step in {steps}; do eval "$step() {{ :; }}"; done; '
     values = "ranks=1 nodes=1 cpus=1 threads=3 how=x mpi=y; "
-    found = shell(fakes, f"{script}{values}prepare ''; env", SLURM_EXPORT_ENV="NONE").splitlines()
+    env = {"SLURM_EXPORT_ENV": "NONE", "SLURM_JOB_ID": "7"}
+    found = shell(fakes, f"{script}{values}prepare ''; env", **env).splitlines()
     assert "SLURM_EXPORT_ENV=ALL" in found
     assert "OMP_NUM_THREADS=3" in found or "OMP_NUM_THREADS" in os.environ
+
+
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    [
+        ({}, "this is no Slurm job: submit the script by sbatch;"),
+        ({"SLURM_JOB_ID": "7", "SLURM_HET_SIZE": "2"}, "a heterogeneous job has 2 parts, and only"),
+        (
+            {"SLURM_JOB_ID": "7", "HPCSYNC_LAUNCHER": "mpiexec"},
+            "HPCSYNC_LAUNCHER=mpiexec: must be srun or mpirun",
+        ),
+    ],
+)
+def test_what_is_told_before_anything_is_tried(
+    fakes: Path, env: dict[str, str], wanted: str
+) -> None:
+    told = shell(fakes, "prepare 'echo tried'", 2, **env)
+    assert told.startswith(f"hpcsync: error: {wanted}"), told
+    assert "tried\n" not in told
+
+
+def test_a_chain_is_an_array(fakes: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(SLURM / "chain.sh")],
+        env={"PATH": f"{fakes}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("hpcsync: error: this is no array of jobs: submit the script by")
+
+
+CONDA = """
+[[ $1 == shell.bash ]] || { echo "Run 'conda init' before 'conda activate'" >&2; exit 1; }
+echo 'conda() { export CONDA_DEFAULT_ENV=$2; }'
+"""
+
+
+def test_conda_activate_works_in_a_batch_shell(fakes: Path) -> None:
+    """Which reads no .bashrc, where `conda init` has put its function."""
+    (fakes / "module").mkdir()
+    fake(fakes / "module", "conda", CONDA)
+    told = 'echo "in $CONDA_DEFAULT_ENV"'
+    load = f"PATH={fakes}/module:$PATH"  # as a module does, before conda is called
+    found = shell(fakes, f"load_environment '{load}; conda activate mine'; {told}")
+    assert found == "in mine\n"
+    found = shell(
+        fakes,
+        f"load_environment 'conda activate mine'; {told}",
+        CONDA_EXE=str(fakes / "module" / "conda"),
+    )
+    assert found == "in mine\n"
+    nowhere = "type() { false; }; load_environment 'conda activate mine'"
+    found = shell(fakes, nowhere, 2, CONDA_EXE="")
+    assert "conda is not found: load its module first" in found
+    assert "the environment line failed: conda activate mine" in found
+
+
+def test_ml_is_module_too(fakes: Path) -> None:
+    (fakes / "init").mkdir()
+    (fakes / "init" / "bash").write_text("module() { :; }; ml() { echo loaded $1; }\n")
+    found = shell(fakes, "load_environment 'ml openmpi'", MODULESHOME=str(fakes))
+    assert found == "loaded openmpi\n"
 
 
 def test_a_folder_for_temporary_files_that_is_not_there(fakes: Path) -> None:
@@ -369,6 +439,28 @@ def test_the_definition_of_the_container_names_what_is_there() -> None:
             assert target == f"/opt/hpcsync/{source}"
     for name in ("post", "environment", "runscript", "test"):
         subprocess.run(["bash", "-n"], input=found[name], text=True, check=True)
+
+
+def test_the_container_has_what_the_package_is_built_from(tmp_path: Path) -> None:
+    text = (SLURM / "hpcsync.def").read_text()
+    for source in re.findall(r"^    (\S+) /opt/hpcsync/\S+$", text, flags=re.MULTILINE):
+        path = launcher.ROOT / source
+        names = [path.relative_to(launcher.ROOT)] if path.is_file() else []
+        names += [name.relative_to(launcher.ROOT) for name in path.glob("__init__.py")]
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(launcher.ROOT / name, tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # The public index has no CPU build of torch, which the pins name.
+    assert all("download.pytorch.org" in line for line in text.split("\n") if "-c const" in line)
 
 
 PROGRAM = """

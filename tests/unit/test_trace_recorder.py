@@ -9,6 +9,7 @@ import pytest
 
 from hpcsync.trace import recorder as recording
 from hpcsync.trace.events import EVENT, LANES, NAMES
+from hpcsync.trace.later import Earliest, Latest
 from hpcsync.trace.recorder import BUCKET, FORWARD, STEP, WIRE, Recorder, Ring, now, room
 
 
@@ -122,3 +123,52 @@ def test_every_name_has_a_span() -> None:
     for span in spans:
         assert NAMES[span.name][1] == LANES[span.lane]
     assert EVENT.itemsize == 56
+
+
+class Reached:
+    """An event that a test lets happen."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.done = at, False
+
+    def ready(self) -> bool:
+        return self.done
+
+    def reached_ns(self) -> int:
+        assert self.done
+        return self.at
+
+
+def test_a_devices_spans_are_stored_when_their_times_are_known() -> None:
+    recorder = Recorder(16)
+    events = [Reached(at) for at in (10, 20, 30, 40)]
+    first, second, third, fourth = events
+    step = recorder.begin_step(4)
+    number = recorder.number()
+    recorder.later.add(WIRE["rail"], first, second, 99, 3, number)
+    recorder.later.add(BUCKET, first, third, 99, 3, number=number)
+    recorder.end_step_later(first, fourth)
+    recorder.begin_step(5)
+    recorder.later.settle()
+    assert not recorder.last().shape[0]
+    second.done = first.done = True
+    recorder.later.settle()
+    (wire,) = recorder.last()
+    assert (wire["start"], wire["end"], wire["step"], wire["parent"]) == (10, 20, 4, number)
+    assert (wire["bytes"], wire["bucket"]) == (99, 3)
+    third.done = fourth.done = True
+    recorder.later.settle()
+    recorder.later.settle()
+    _, bucket, whole = recorder.last()
+    assert (bucket["end"], bucket["parent"], bucket["id"]) == (30, step, number)
+    assert (whole["id"], whole["parent"], whole["step"]) == (step, 0, 4)
+    assert Ring(recorder._memory).finished == 4
+
+
+def test_of_several_events() -> None:
+    events = [Reached(20), Reached(10)]
+    events[0].done = True
+    assert not Latest(events).ready()
+    events[1].done = True
+    assert Earliest(events).ready()
+    assert (Earliest(events).reached_ns(), Latest(events).reached_ns()) == (10, 20)

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import h5py
 import pytest
 
+from tests.commands import Call, caller
 from tests.traces import Plan, make
 from tools import trace as tool
 
@@ -32,25 +32,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-Run = Any
-
-
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Run:
-    """(status, stdout, stderr) of the tool called with these words."""
-
-    def called(*words: object) -> tuple[int, str, str]:
-        try:
-            status = tool.main([str(word) for word in words])
-        except SystemExit as error:
-            status = int(error.code or 0)
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
-    return called
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    return caller(tool.main, capsys)
 
 
-def test_the_summary_is_a_text_that_names_the_fault(runs: dict[str, Path], call: Run) -> None:
+def test_the_summary_is_a_text_that_names_the_fault(runs: dict[str, Path], call: Call) -> None:
     status, out, err = call("summary", runs["b"])
     assert (status, err) == (0, "")
     assert "verdict: straggler: rank 2 (node 1) is slow in forward" in out
@@ -60,13 +47,13 @@ def test_the_summary_is_a_text_that_names_the_fault(runs: dict[str, Path], call:
     assert "no fault found" in call("summary", runs["a"])[1]
 
 
-def test_the_run_may_come_first_or_alone(runs: dict[str, Path], call: Run) -> None:
+def test_the_run_may_come_first_or_alone(runs: dict[str, Path], call: Call) -> None:
     texts = {call(*words)[1] for words in (("summary", runs["a"]), (runs["a"], "summary"))}
     assert texts == {call(runs["a"])[1]}
     assert call(runs["a"] / "trace")[1] in texts
 
 
-def test_json_and_csv_hold_what_the_tables_do(runs: dict[str, Path], call: Run) -> None:
+def test_json_and_csv_hold_what_the_tables_do(runs: dict[str, Path], call: Call) -> None:
     found = json.loads(call(runs["b"], "--json")[1])
     assert found["steps"] == [2, 3, 4, 5, 6, 7, 8]
     assert found["verdict"]["bound"] == "straggler"
@@ -85,20 +72,20 @@ def test_json_and_csv_hold_what_the_tables_do(runs: dict[str, Path], call: Run) 
     assert float(tables["parts"][0]["ms"]) == found["parts"][0]["ms"]
 
 
-def test_csv_and_json_exclude_each_other(runs: dict[str, Path], call: Run) -> None:
+def test_csv_and_json_exclude_each_other(runs: dict[str, Path], call: Call) -> None:
     status, _, err = call("summary", runs["a"], "--csv", "--json")
     assert status == 2
     assert err.count("\n") == 1
 
 
-def test_steps_and_ranks_may_be_chosen(runs: dict[str, Path], call: Run) -> None:
+def test_steps_and_ranks_may_be_chosen(runs: dict[str, Path], call: Call) -> None:
     found = json.loads(call(runs["b"], "--json", "--steps", "1-3,5", "--ranks", "0-1,3")[1])
     assert (found["steps"], found["ranks"]) == ([1, 2, 3, 5], [0, 1, 3])
     # Without rank 2 nothing is wrong.
     assert found["findings"] == []
 
 
-def test_what_is_out_of_range_is_told_and_the_rest_shown(runs: dict[str, Path], call: Run) -> None:
+def test_what_is_out_of_range_is_told_and_the_rest_shown(runs: dict[str, Path], call: Call) -> None:
     status, out, err = call(runs["a"], "--steps", "6-20", "--ranks", "2-7")
     assert status == 0
     assert "2 ranks, 3 steps (6-8)" in out
@@ -114,7 +101,7 @@ def test_what_is_out_of_range_is_told_and_the_rest_shown(runs: dict[str, Path], 
 
 
 @pytest.mark.parametrize("text", ["x", "3-1", "1..2", ""])
-def test_ranges_that_cannot_be_understood(runs: dict[str, Path], call: Run, text: str) -> None:
+def test_ranges_that_cannot_be_understood(runs: dict[str, Path], call: Call, text: str) -> None:
     status, _, err = call("critical", runs["a"], "--steps", text)
     assert status == 2
     assert err.count("\n") == 1
@@ -122,7 +109,7 @@ def test_ranges_that_cannot_be_understood(runs: dict[str, Path], call: Run, text
 
 
 @pytest.mark.parametrize("command", ["summary", "critical"])
-def test_folders_that_are_no_run(tmp_path: Path, call: Run, command: str) -> None:
+def test_folders_that_are_no_run(tmp_path: Path, call: Call, command: str) -> None:
     status, out, err = call(command, tmp_path / "absent")
     assert (status, out) == (2, "")
     assert err == f"trace: {tmp_path / 'absent'}: no such run folder\n"
@@ -133,7 +120,7 @@ def test_folders_that_are_no_run(tmp_path: Path, call: Run, command: str) -> Non
 
 
 def test_what_is_readable_of_a_broken_trace_is_shown(
-    runs: dict[str, Path], tmp_path: Path, call: Run
+    runs: dict[str, Path], tmp_path: Path, call: Call
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["b"], run)
@@ -151,7 +138,7 @@ def test_what_is_readable_of_a_broken_trace_is_shown(
     assert (status, out, err.count("\n")) == (2, "", 1)
 
 
-def test_a_foreign_file(tmp_path: Path, call: Run) -> None:
+def test_a_foreign_file(tmp_path: Path, call: Call) -> None:
     (tmp_path / "trace").mkdir()
     with h5py.File(tmp_path / "trace" / "node0.h5", "w") as file:
         file["x"] = 1
@@ -160,7 +147,7 @@ def test_a_foreign_file(tmp_path: Path, call: Run) -> None:
     assert "no trace of hpcsync" in err
 
 
-def test_the_critical_path(runs: dict[str, Path], call: Run) -> None:
+def test_the_critical_path(runs: dict[str, Path], call: Call) -> None:
     status, out, _ = call("critical", runs["b"], "--path")
     assert status == 0
     assert "the path of step 8" in out
@@ -170,7 +157,7 @@ def test_the_critical_path(runs: dict[str, Path], call: Run) -> None:
     assert found["last"][0]["rank"] == 2
 
 
-def test_diff_tells_ci_by_its_status(runs: dict[str, Path], call: Run) -> None:
+def test_diff_tells_ci_by_its_status(runs: dict[str, Path], call: Call) -> None:
     status, out, err = call("diff", runs["a"], runs["b"])
     assert (status, err) == (1, "")
     assert "slower beyond 5%" in out
@@ -184,7 +171,7 @@ def test_diff_tells_ci_by_its_status(runs: dict[str, Path], call: Run) -> None:
     assert (status, err.count("\n")) == (2, 1)
 
 
-def test_diff_refuses_other_jobs_unless_told(runs: dict[str, Path], call: Run) -> None:
+def test_diff_refuses_other_jobs_unless_told(runs: dict[str, Path], call: Call) -> None:
     status, out, err = call("diff", runs["a"], runs["wide"])
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "4 and 2 ranks" in err
@@ -213,7 +200,7 @@ def test_as_a_program(runs: dict[str, Path]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_and_no_command(call: Run) -> None:
+def test_help_and_no_command(call: Call) -> None:
     status, out, _ = call("--help")
     assert status == 0
     for command in ("summary", "critical", "diff"):

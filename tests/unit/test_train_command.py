@@ -164,3 +164,13 @@ def test_a_full_disk_does_not_hide_why_a_run_failed(capsys: pytest.CaptureFixtur
     told = capsys.readouterr().err
     assert told.startswith("hpcsync: WARNING: the run's full is not complete: No space left")
     assert told.count("\n") == 1
+
+
+def test_only_rank_0_fails_where_nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher would end rank 0 for another's status, perhaps before it has told why."""
+    words = ["--explain", "no.such.key"]
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert train.command(words) == 0
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(UserError, match=r"no\.such\.key"):
+        train.command(words)

@@ -6,7 +6,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -81,6 +81,10 @@ class Cluster:
     comm: CommConfig
     noise: float
     rng: random.Random
+    # By choice: what was found, and the machine and profile that it was found for.
+    known: dict[Choice, tuple[Measured, Profile, Prediction]] = field(
+        init=False, default_factory=dict
+    )
 
     def loads(self, bucket_mb: float) -> list[Load]:
         size = min(bucket_mb, max(self.mib / 8, 1.0))
@@ -99,7 +103,13 @@ class Cluster:
         )
 
     def found(self, choice: Choice) -> Prediction:
-        return predict(choice, self.true, self.loads(choice.bucket_mb), self.profile, self.layout)
+        """Without noise, and the same at every step until the machine changes."""
+        true, profile, found = self.known.get(choice, (None, None, None))
+        if found is None or true is not self.true or profile is not self.profile:
+            loads = self.loads(choice.bucket_mb)
+            found = predict(choice, self.true, loads, self.profile, self.layout)
+            self.known[choice] = (self.true, self.profile, found)
+        return found
 
     def step_s(self, choice: Choice) -> float:
         """Without noise."""
