@@ -37,14 +37,8 @@ class Answer:
         return self.status == 0
 
     def data(self) -> dict[str, Any]:
-        """The JSON of all lines that hold some, later ones over earlier ones."""
-        found: dict[str, Any] = {}
-        for line in self.out.splitlines():
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    found.update(value)
-        return found
+        """The facts that it told."""
+        return facts(self.out)
 
     def how(self) -> str:
         """In words: how it ended, with the last line of what it complained of."""
@@ -55,6 +49,17 @@ class Answer:
                 return f"was killed by {signal.Signals(-self.status).name}"
             return f"was killed by signal {-self.status}"
         return last_line(self.err) or f"ended with status {self.status}"
+
+
+def facts(text: str) -> dict[str, Any]:
+    """The JSON of all lines that hold some, later ones over earlier ones."""
+    found: dict[str, Any] = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.update(value)
+    return found
 
 
 def last_line(text: str) -> str:

@@ -27,6 +27,8 @@ SHM_PREFIX = "hpcsync-"
 MARK = "HPCSYNC_TEST_JOB"
 # How long what is on its way out may take before it counts as left behind.
 GRACE_S = 10.0
+# How long a job that did not end has to print its stacks.
+STACKS_S = 3.0
 # mpirun lists the machine's network interfaces when it starts, and gives up where one goes away
 # meanwhile, as those of a virtual cluster do some time after its end. No process was started then.
 _NOT_STARTED = "The PMIx server's listener thread failed to start"
@@ -87,6 +89,15 @@ def _strangers(names: set[str], ours: Collection[int]) -> set[str]:
     return found
 
 
+def _state(pid: int) -> str:
+    """State of a process, and where in the kernel its first thread sleeps."""
+    found = []
+    with suppress(OSError):
+        found.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+        found.append(Path(f"/proc/{pid}/wchan").read_text())
+    return " ".join(found)
+
+
 def processes(mark: str) -> dict[int, str]:
     """Living processes that carry ``mark``: their id and command line."""
     wanted = f"{MARK}={mark}".encode()
@@ -113,6 +124,7 @@ class Outcome:
     timed_out: bool
     processes_left: tuple[str, ...]
     segments_left: tuple[str, ...]
+    stuck: tuple[str, ...] = ()  # what ran when the time was over
 
     @property
     def text(self) -> str:
@@ -124,7 +136,8 @@ class Outcome:
         how = "did not end in time and was killed" if self.timed_out else f"status {self.status}"
         return (
             f"{' '.join(self.command)}\n{how}, {self.seconds:.1f} s\n"
-            f"--- stdout ---\n{self.stdout[-tail:]}\n--- stderr ---\n{self.stderr[-tail:]}"
+            + "".join(f"{line}\n" for line in self.stuck)
+            + f"--- stdout ---\n{self.stdout[-tail:]}\n--- stderr ---\n{self.stderr[-tail:]}"
         )
 
     def assert_clean(self) -> None:
@@ -183,14 +196,14 @@ class Job:
 
         What still lives ``grace`` seconds after the end counts as left behind.
         """
-        timed_out = False
+        timed_out, stuck = False, ()
         try:
             stdout, stderr = self.process.communicate(timeout=timeout)
             if _NOT_STARTED in stderr:
                 self.process = self._start()
                 stdout, stderr = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            timed_out = True
+            timed_out, stuck = True, self._ask_for_stacks()
             self.kill()
             stdout, stderr = self.process.communicate()
         seconds = time.monotonic() - self._began
@@ -205,7 +218,22 @@ class Job:
             timed_out=timed_out,
             processes_left=left,
             segments_left=segments,
+            stuck=stuck,
         )
+
+    def _ask_for_stacks(self) -> tuple[str, ...]:
+        """What runs, and where in the kernel it sleeps; each Python prints its stacks and ends."""
+        running = self.processes()
+        lines = tuple(f"{pid} {_state(pid)}: {line}" for pid, line in sorted(running.items()))
+        for pid in running:
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/exe").resolve().name.startswith("python"):
+                    os.kill(pid, signal.SIGABRT)  # PYTHONFAULTHANDLER is set
+        until = time.monotonic() + STACKS_S
+        while time.monotonic() < until and len(self.processes()) == len(running):
+            time.sleep(0.05)
+        time.sleep(0.2)  # until mpirun has passed on what they printed
+        return lines
 
     def _leftovers(self, grace: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
         deadline = time.monotonic() + grace

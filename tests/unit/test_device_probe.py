@@ -14,11 +14,12 @@ import pytest
 
 from hpcsync import cache_files, children
 from hpcsync.device.base import Probe
+from hpcsync.device.cpu import CpuDevice
 from hpcsync.device_probe import kept
 from hpcsync.device_probe.attempt import NAMES, Outcome, attempt
 from hpcsync.device_probe.survey import BASIC, identify, survey
+from hpcsync.device_probe.trials import FailedError, mpi_pair, sharing
 from hpcsync.device_probe.trials import __main__ as trial
-from hpcsync.device_probe.trials import sharing
 from hpcsync.errors import DeviceError, LaunchError, UserError
 from tests import launcher, probed
 
@@ -76,6 +77,21 @@ def test_a_device_that_cannot_be_opened_is_tried_once(how: str) -> None:
     problem = found["memory"].problem
     assert problem.startswith("opening the device: the child ")
     assert (CRASHED in problem) == (how == "crash")
+
+
+@pytest.mark.parametrize("script", ["{run} > /dev/null", "test -e met && {run}; touch met; exit 1"])
+def test_a_pair_whose_output_is_lost_or_that_starts_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    run = f'{launcher.find_mpirun()} "$@"'
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f"#!/bin/sh\n{script.format(run=run)}\n")
+    mpirun.chmod(0o755)
+    monkeypatch.setattr(mpi_pair, "_mpirun", lambda: str(mpirun))
+    monkeypatch.chdir(tmp_path)
+    env = launcher.environment({"FAULT": "mpi_pair crash"})
+    with pytest.raises(FailedError, match=r"giving device memory to .*: one of two processes"):
+        mpi_pair.run(CpuDevice(), probed.SPEC, 0, env)
 
 
 def test_a_copy_that_comes_out_wrong() -> None:

@@ -1,7 +1,8 @@
 """MPI on pointers to device memory, between two processes that an mpirun of this host starts.
 
 Where no mpirun of the library is found, or it starts none, there is nothing to hold against MPI:
-what a process sends to itself has to do.
+what a process sends to itself has to do. The two write what they have to tell into files: what they
+print may be lost with them on its way through mpirun.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from .mpi import exchange
 
 _LIMIT_S = 60.0
 _RANKS = 2
+_STARTS = 2  # an mpirun may fail for reasons that pass, as a network interface that went away
 # So that a network, or too few cores or slots, has no say.
 _OPEN_MPI = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -38,10 +41,18 @@ def run(_device: Device, spec: str, index: int, env: Mapping[str, str]) -> None:
     command = _mpirun()
     if command is None:
         return
-    words = ["-n", str(_RANKS), sys.executable, "-m", __name__, spec, str(index)]
-    answer = children.call([command, *words], {**_OPEN_MPI, **env}, _LIMIT_S)
-    told = answer.data()
-    if "met" not in told or answer.ok:
+    told: dict[str, object] = {}
+    for _ in range(_STARTS):
+        with tempfile.TemporaryDirectory(prefix="hpcsync-pair-") as folder:
+            words = ["-n", str(_RANKS), sys.executable, "-m", __name__, spec, str(index), folder]
+            answer = children.call([command, *words], {**_OPEN_MPI, **env}, _LIMIT_S)
+            for path in sorted(Path(folder).iterdir()):
+                told.update(children.facts(path.read_text()))
+        if answer.ok:
+            return
+        if "met" in told or answer.status is None:
+            break
+    if "met" not in told:
         return
     step = told.get("step", "MPI on device memory")
     raise FailedError(f"{step}: {told.get('failed') or f'one of two processes {answer.how()}'}")
@@ -73,6 +84,7 @@ if __name__ == "__main__":
     end_with_parent()
     signal.alarm(int(_LIMIT_S) + 1)  # mpirun may be gone
     status = 0
+    sys.stdout = Path(sys.argv[3], str(os.getpid())).open("w")  # noqa: SIM115 - until the end
     try:
         pair(sys.argv[1], int(sys.argv[2]))
     except Exception as error:
