@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,15 @@ MARK = "HPCSYNC_TEST_JOB"
 GRACE_S = 10.0
 # How long a job that did not end has to print its stacks.
 STACKS_S = 3.0
-# mpirun lists the machine's network interfaces when it starts, and gives up where one goes away
-# meanwhile, as those of a virtual cluster do some time after its end. No process was started then.
-_NOT_STARTED = "The PMIx server's listener thread failed to start"
+# Where Open MPI's launcher fails now and then by itself, before anything of ours has begun: it
+# starts no process; it gives up where one of the machine's network interfaces, which it lists when
+# it starts, goes away meanwhile, as those of a virtual cluster do some time after it; or a rank
+# waits within MPI_Init for ever: its stack ends where Python initialises a module written in C.
+_LAUNCHERS = ("mpirun", "prterun")
+_NEVER_BEGAN = re.compile(
+    r"The PMIx server's listener thread failed to start|\(most recent call first\):\n"
+    r'  File "<frozen importlib._bootstrap>", line \d+ in _call_with_frames_removed\n'
+)
 
 
 def find_mpirun() -> str | None:
@@ -89,13 +95,12 @@ def _strangers(names: set[str], ours: Collection[int]) -> set[str]:
     return found
 
 
-def _state(pid: int) -> str:
-    """State of a process, and where in the kernel its first thread sleeps."""
-    found = []
+def _state(pid: int) -> tuple[str, str, str]:
+    """State of a process, its parent, and where in the kernel its first thread sleeps."""
     with suppress(OSError):
-        found.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
-        found.append(Path(f"/proc/{pid}/wchan").read_text())
-    return " ".join(found)
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return state, parent, Path(f"/proc/{pid}/wchan").read_text()
+    return "gone", "", ""
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -125,6 +130,7 @@ class Outcome:
     processes_left: tuple[str, ...]
     segments_left: tuple[str, ...]
     stuck: tuple[str, ...] = ()  # what ran when the time was over
+    never_began: bool = False  # for reasons of MPI's launcher
 
     @property
     def text(self) -> str:
@@ -196,14 +202,35 @@ class Job:
 
         What still lives ``grace`` seconds after the end counts as left behind.
         """
-        timed_out, stuck = False, ()
+        outcome = self._wait(timeout, grace)
+        if outcome.never_began:
+            self.process = self._start()
+            outcome = self._wait(timeout, grace)
+        return outcome
+
+    def wait_until(self, ready: Callable[[], bool], timeout: float = 120.0) -> None:
+        """Wait for something that the job does; it is an error if it ends or does not do so."""
+        for last in (False, True):
+            until = time.monotonic() + timeout
+            while self.process.poll() is None and time.monotonic() < until:
+                if ready():
+                    return
+                time.sleep(0.005)
+            if ready():
+                return
+            outcome = self._wait(0.1, 0)
+            assert outcome.never_began, outcome.describe()
+            assert not last, f"twice: {outcome.describe()}"
+            self.process = self._start()
+
+    def _wait(self, timeout: float, grace: float) -> Outcome:
+        stuck: tuple[str, ...] = ()
+        timed_out = no_ranks = False
         try:
             stdout, stderr = self.process.communicate(timeout=timeout)
-            if _NOT_STARTED in stderr:
-                self.process = self._start()
-                stdout, stderr = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            timed_out, stuck = True, self._ask_for_stacks()
+            timed_out = True
+            no_ranks, stuck = self._ask_for_stacks()
             self.kill()
             stdout, stderr = self.process.communicate()
         seconds = time.monotonic() - self._began
@@ -219,21 +246,26 @@ class Job:
             processes_left=left,
             segments_left=segments,
             stuck=stuck,
+            never_began=no_ranks or bool(_NEVER_BEGAN.search(stderr)),
         )
 
-    def _ask_for_stacks(self) -> tuple[str, ...]:
-        """What runs, and where in the kernel it sleeps; each Python prints its stacks and ends."""
+    def _ask_for_stacks(self) -> tuple[bool, tuple[str, ...]]:
+        """Whether a launcher runs that has started no process, and what runs, with what it waits
+        for in the kernel. Each Python prints its stacks and ends.
+        """
         running = self.processes()
-        lines = tuple(f"{pid} {_state(pid)}: {line}" for pid, line in sorted(running.items()))
+        lines = tuple(f"{pid} {' '.join(_state(pid)[::2])}: {running[pid]}" for pid in running)
+        parents = {_state(pid)[1] for pid in running}
+        names = {pid: Path(line.partition(" ")[0]).name for pid, line in running.items()}
+        idle = any(names[pid] in _LAUNCHERS and str(pid) not in parents for pid in running)
         for pid in running:
-            with suppress(OSError):
-                if Path(f"/proc/{pid}/exe").resolve().name.startswith("python"):
+            if names[pid].startswith("python"):
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGABRT)  # PYTHONFAULTHANDLER is set
         until = time.monotonic() + STACKS_S
-        while time.monotonic() < until and len(self.processes()) == len(running):
+        while time.monotonic() < until and self.processes().keys() & running.keys():
             time.sleep(0.05)
-        time.sleep(0.2)  # until mpirun has passed on what they printed
-        return lines
+        return idle, lines
 
     def _leftovers(self, grace: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
         deadline = time.monotonic() + grace

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,13 +74,6 @@ def same_bits(one: Path, other: Path) -> None:
         assert a.manifest.own == b.manifest.own
 
 
-def wait_for(ready: Callable[[], bool], job: launcher.Job) -> None:
-    until = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < until, job.wait(0.1).describe()
-        time.sleep(0.005)
-
-
 def steps_done(folder: Path) -> int:
     try:
         return len(rows(folder))
@@ -108,7 +100,7 @@ def test_killed_at_a_random_instant_and_resumed(
     rng = random.Random(seed)
     for least in (rng.randrange(3, 15), rng.randrange(15, 35)):
         job = start(ranks, killed, *more, "--resume", "auto")
-        wait_for(lambda job=job, least=least: steps_done(killed) >= least, job)  # type: ignore[misc]
+        job.wait_until(lambda job=job, least=least: steps_done(killed) >= least)  # type: ignore[misc]
         time.sleep(rng.random() * 0.05)
         job.kill()
         for name in job.wait(30, grace=0).segments_left:  # nobody was left to remove them
@@ -130,7 +122,7 @@ def test_with_a_log_no_step_is_lost_but_that_under_way(tmp_path: Path) -> None:
     least = random.randrange(5, 35)
     print("killed after", least)
     job = start(2, killed, *more)
-    wait_for(lambda: steps_done(killed) >= least, job)
+    job.wait_until(lambda: steps_done(killed) >= least)
     job.kill()
     for name in job.wait(30, grace=0).segments_left:
         (launcher.SHM / name).unlink(missing_ok=True)
@@ -171,9 +163,9 @@ def test_a_signal_a_file_and_the_end_save(tmp_path: Path) -> None:
     made = tmp_path / "made"
     long = ("train.steps=100000", "checkpoint.every=0", "checkpoint.keep=9", "train.eval_every=0")
     job = start(2, made, *long)
-    wait_for(lambda: steps_done(made) >= 3, job)
+    job.wait_until(lambda: steps_done(made) >= 3)
     job.signal(signal.SIGUSR1)
-    wait_for(lambda: (made / "checkpoints" / "latest").exists(), job)
+    job.wait_until(lambda: (made / "checkpoints" / "latest").exists())
     (made / "stop-after-save").touch()
     outcome = job.wait(60)
     outcome.assert_clean()
@@ -184,7 +176,7 @@ def test_a_signal_a_file_and_the_end_save(tmp_path: Path) -> None:
     latest = (made / "checkpoints" / "latest").read_text()
     assert latest == f"step-{done:08d}\n"
     job = start(2, made, *long, "--resume", "auto")
-    wait_for(lambda: steps_done(made) >= done + 3, job)
+    job.wait_until(lambda: steps_done(made) >= done + 3)
     # To one rank, as a batch system may: mpirun would kill them all a moment later.
     ranks = [pid for pid, line in job.processes().items() if "mpirun" not in line.split()[0]]
     os.kill(ranks[-1], signal.SIGTERM)
@@ -268,7 +260,7 @@ def test_a_limit_of_the_size_of_files(tmp_path: Path) -> None:
 def test_the_folder_of_the_run_may_vanish(tmp_path: Path) -> None:
     made = tmp_path / "made"
     job = start(2, made, "train.steps=400", "checkpoint.every=20", "train.eval_every=0")
-    wait_for(lambda: (made / "checkpoints" / "latest").exists(), job)
+    job.wait_until(lambda: (made / "checkpoints" / "latest").exists())
     os.rename(made, tmp_path / "away")
     outcome = job.wait(120)
     outcome.assert_clean()

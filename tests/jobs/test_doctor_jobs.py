@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -124,10 +123,7 @@ def test_nothing_stays_behind_when_it_is_ended(
     command = [sys.executable, "-m", "hpcsync.doctor", "--only", "mpi", "--limit", "300"]
     start = launcher.mpirun(ranks) if ranks else []
     job = launcher.Job([*start, *command], env={"PYTHONPATH": f"{ROOT}:{fake}"})
-    deadline = time.monotonic() + 120
-    while not began.exists():
-        assert time.monotonic() < deadline, job.wait(0.1).describe()
-        time.sleep(0.05)
+    job.wait_until(began.exists)
     job.signal(number)
     outcome = job.wait(60)
     outcome.assert_clean()

@@ -105,3 +105,45 @@ def test_what_is_needed_is_not_skipped(tmp_path: Path, need: str, status: int) -
     )
     assert outcome.status == status, outcome.describe()
     assert ("HPCSYNC_NEED names slurm, but slurmctld" in outcome.text) == bool(need)
+
+
+STUCK = """
+import os, sys, time
+from pathlib import Path
+
+first = Path(sys.argv[1])
+if not first.exists() and os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    first.touch()
+    time.sleep(600)  # the other rank waits for it within MPI_Init
+from mpi4py import MPI
+Path(sys.argv[2]).touch()
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "wait_until"])
+def test_a_job_that_never_began_starts_again(tmp_path: Path, how: str) -> None:
+    once, began = tmp_path / "once", tmp_path / "began"
+    words = [sys.executable, "-c", STUCK, str(once), str(began)]
+    job = launcher.Job([*launcher.mpirun(2), *words])
+    if how == "wait_until":
+        job.wait_until(began.exists, timeout=5)
+    outcome = job.wait(5)
+    outcome.assert_clean()
+    assert outcome.status == 0, outcome.describe()
+    assert began.exists()
+
+
+@pytest.mark.parametrize("how", ["wait", "wait_until"])
+def test_a_job_that_hangs_by_itself_shows_its_stacks(how: str) -> None:
+    wait = "MPI.COMM_WORLD.recv(source=1 - MPI.COMM_WORLD.rank)"
+    code = f"from mpi4py import MPI\ndef stuck(): {wait}\nstuck()"
+    job = launcher.Job([*launcher.mpirun(2), sys.executable, "-c", code])
+    if how == "wait_until":
+        with pytest.raises(AssertionError, match="in stuck"):
+            job.wait_until(lambda: False, timeout=5)
+        return
+    outcome = job.wait(5)
+    assert outcome.timed_out
+    assert len(outcome.stuck) >= 3
+    assert "in stuck" in outcome.describe()
+    assert not outcome.never_began

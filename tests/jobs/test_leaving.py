@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,11 +53,7 @@ def curve(folder: Path) -> list[tuple[str, ...]]:
 
 
 def wait_for_steps(job: launcher.Job, folder: Path, least: int) -> None:
-    until = time.monotonic() + 120
-    while len(rows(folder)) < least:
-        waiting = time.monotonic() < until and job.process.poll() is None
-        assert waiting, job.wait(0.1).describe()
-        time.sleep(0.005)
+    job.wait_until(lambda: len(rows(folder)) >= least)
 
 
 def leave(job: launcher.Job, *also: signal.Signals) -> launcher.Outcome:
@@ -122,15 +117,13 @@ def test_a_script_of_ones_own_leaves_as_documented(tmp_path: Path) -> None:
     script.write_text(found.replace("range(first, 50)", "range(first, 10**9)"))
     command = [*launcher.mpirun(2), sys.executable, script.name]
     job = launcher.Job(command, cwd=tmp_path)
-    until = time.monotonic() + 120
-    ranks: list[int] = []
-    while len(ranks) < 2 or not listens(max(ranks)):
-        waiting = time.monotonic() < until and job.process.poll() is None
-        assert waiting, job.wait(0.1).describe()
-        time.sleep(0.05)
+
+    def ranks() -> list[int]:
         lines = {pid: line.split() for pid, line in job.processes().items()}
-        ranks = [pid for pid, line in lines.items() if line[1:] == [script.name]]
-    os.kill(max(ranks), signal.SIGUSR2)
+        return [pid for pid, line in lines.items() if line[1:] == [script.name]]
+
+    job.wait_until(lambda: len(found := ranks()) == 2 and listens(max(found)))
+    os.kill(max(ranks()), signal.SIGUSR2)
     outcome = job.wait(120)
     assert outcome.status == 75, outcome.describe()
     state = torch.load(tmp_path / "state.pt")
