@@ -16,7 +16,8 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +53,8 @@ class Network:
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._groups: dict[object, object] = {}
-        self._sends: dict[tuple[int, int, int], list[Request]] = {}
-        self._receives: dict[tuple[int, int, int], list[Request]] = {}
+        self._sent: dict[tuple[int, int, int], list[Message]] = {}
+        self._wanted: dict[tuple[int, int, int], list[Request]] = {}
         self._rounds: dict[tuple[int, int], dict[int, tuple[Request, Any]]] = {}
         self._contexts = itertools.count()
         self._world = next(self._contexts)
@@ -115,41 +116,38 @@ class Network:
         with self.lock:
             self.check()
             request.begin()
-            sends, receives = (
-                side.setdefault(request.lane, []) for side in (self._sends, self._receives)
-            )
-            side, other = (sends, receives) if request.sends else (receives, sends)
+            sent = self._sent.setdefault(request.lane, [])
+            wanted = self._wanted.setdefault(request.lane, [])
             if request.sends:
-                request.parts = list(halves(request.bytes.shape[0], self._cut(request)))
-                self.later(lambda: self._read(request))
-            else:
-                self.later(lambda: self._spoil(request))
-            found = next((each for each in other if each.tag == request.tag), None)
+                count = request.bytes.shape[0]
+                parts = list(halves(count, self.chance.below(count + 1)))
+                message = Message(request.tag, np.empty_like(request.bytes), parts)
+                self.later(lambda: self._read(request, message))
+                message.taker = _take(wanted, request.tag)
+                if message.taker is None:
+                    sent.append(message)
+                return
+            self.later(lambda: self._spoil(request))
+            found = _take(sent, request.tag)
             if found is None:
-                side.append(request)
+                wanted.append(request)
                 return
-            other.remove(found)
-            sent, received = (request, found) if request.sends else (found, request)
-            sent.peer, received.peer = received, sent
-            if sent.read:
-                self.later(lambda: self._write(received))
+            found.taker = request
+            if not found.parts:
+                self.later(lambda: self._write(request, found))
 
-    def _cut(self, request: Request) -> int:
-        return self.chance.below(request.bytes.shape[0] + 1)
-
-    def _read(self, request: Request) -> None:
+    def _read(self, request: Request, message: Message) -> None:
         """Take a part of what is sent."""
-        part = request.parts.pop(0)
-        request.data[part] = request.bytes[part]
+        part = message.parts[0]
+        message.data[part] = request.bytes[part]
         with self.lock:
-            if request.parts:
-                self.later(lambda: self._read(request))
+            message.parts.pop(0)
+            if message.parts:
+                self.later(lambda: self._read(request, message))
                 return
-            request.read = True
             self.later(request.end)
-            if request.peer is not None:
-                received = request.peer
-                self.later(lambda: self._write(received))
+            if (taker := message.taker) is not None:
+                self.later(lambda: self._write(taker, message))
 
     def _spoil(self, request: Request) -> None:
         """What is in a receive's memory is nobody's until it is complete."""
@@ -157,14 +155,12 @@ class Network:
             if not request.written:
                 request.bytes[:] = 0xEE
 
-    def _write(self, request: Request) -> None:
-        sent = request.peer
-        assert sent is not None
-        length = sent.data.shape[0]
+    def _write(self, request: Request, message: Message) -> None:
+        length = message.data.shape[0]
         if length > request.bytes.shape[0]:
             raise AssertionError(f"a message of {length} bytes for {request.bytes.shape[0]}")
         with self.lock:
-            request.bytes[:length] = sent.data
+            request.bytes[:length] = message.data
             request.written = True
             self.later(request.end)
 
@@ -204,6 +200,22 @@ class Network:
             return made
 
 
+@dataclass(eq=False)
+class Message:
+    """What is on its way; the request that sent it may be complete, and started again, before it
+    arrives.
+
+    Attributes:
+        parts: of the memory that have not been read yet.
+        taker: the receive that it matches.
+    """
+
+    tag: int
+    data: NDArray[np.uint8]
+    parts: list[slice]
+    taker: Request | None = None
+
+
 class Request:
     """A request; of a message, or of a collective (``memory`` is None)."""
 
@@ -223,11 +235,7 @@ class Request:
     def begin(self) -> None:
         assert not self.active, "a request is started while it is active"
         self.active, self.over = True, False
-        self.read = self.written = False
-        self.peer: Request | None = None
-        self.parts: list[slice] = []
-        if self.sends:
-            self.data = np.empty_like(self.bytes)
+        self.written = False
 
     def end(self) -> None:
         with self.comm.network.lock:
@@ -295,6 +303,17 @@ class Request:
 
     def Free(self) -> None:  # noqa: N802
         assert not self.active or self.comm.network.error, "a request is freed while it is active"
+
+
+Posted = TypeVar("Posted", Message, Request)
+
+
+def _take(posted: list[Posted], tag: int) -> Posted | None:
+    """The first with the tag, taken out."""
+    found = next((each for each in posted if each.tag == tag), None)
+    if found is not None:
+        posted.remove(found)
+    return found
 
 
 class Comm:

@@ -263,3 +263,22 @@ def test_what_one_rank_raises_ends_the_others() -> None:
 
     with pytest.raises(ValueError, match="one of them"), job(RANKS) as made:
         made.run(body)
+
+
+def test_a_message_stays_what_it_was_when_its_send_starts_again() -> None:
+    turns = 30
+
+    def body(rank: Rank) -> list[int]:
+        data, other = np.zeros(8, np.uint8), 1 - rank.rank
+        begin = rank.comm.Recv_init if rank.rank else rank.comm.Send_init
+        request, found = begin([data, "BYTE"], other, 5), []
+        for turn in range(turns):
+            if not rank.rank:
+                data[:] = turn
+            request.Start()
+            request.Wait()
+            found.append(int(data[0]))
+        return found
+
+    with job(2, "again") as made:
+        assert made.run(body)[1] == [*range(turns)]
