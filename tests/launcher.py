@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ class Job:
         """
         outcome = self._wait(timeout, grace)
         if outcome.never_began:
-            self.process = self._start()
+            self._start_again(outcome)
             outcome = self._wait(timeout, grace)
         return outcome
 
@@ -221,7 +222,11 @@ class Job:
             outcome = self._wait(0.1, 0)
             assert outcome.never_began, outcome.describe()
             assert not last, f"twice: {outcome.describe()}"
-            self.process = self._start()
+            self._start_again(outcome)
+
+    def _start_again(self, outcome: Outcome) -> None:
+        warnings.warn(f"not started by its launcher: {outcome.describe(500)}", stacklevel=3)
+        self.process = self._start()
 
     def _wait(self, timeout: float, grace: float) -> Outcome:
         stuck: tuple[str, ...] = ()

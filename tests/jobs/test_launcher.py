@@ -126,8 +126,12 @@ def test_a_job_that_never_began_starts_again(tmp_path: Path, how: str) -> None:
     words = [sys.executable, "-c", STUCK, str(once), str(began)]
     job = launcher.Job([*launcher.mpirun(2), *words])
     if how == "wait_until":
-        job.wait_until(began.exists, timeout=5)
-    outcome = job.wait(5)
+        with pytest.warns(UserWarning, match="not started by its launcher"):
+            job.wait_until(began.exists, timeout=5)
+        outcome = job.wait(5)
+    else:
+        with pytest.warns(UserWarning, match="not started by its launcher"):
+            outcome = job.wait(5)
     outcome.assert_clean()
     assert outcome.status == 0, outcome.describe()
     assert began.exists()
