@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from . import interpreter
+
 __version__ = "0.1.0"
 
 _LIBRARY = (
@@ -72,6 +74,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     if name in _LIBRARY:
+        told = interpreter.too_old()
+        if told:
+            raise ImportError(told)
         return getattr(importlib.import_module(".library", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -17,6 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from . import interpreter
+
+if not interpreter.fits():
+    sys.exit(2)
+
 from . import config as configs
 from .arguments import Arguments, parse
 from .config import Config, TopologyConfig
@@ -51,7 +56,7 @@ def command(argv: Sequence[str]) -> int:
         if arguments is not None and (arguments.explain is not None or arguments.dry_run):
             # The others have nothing to add, and a status that they fail with would have the
             # launcher end rank 0, perhaps before it has told why.
-            if _launched_as() == 0:
+            if interpreter.first(os.environ):
                 print(_answer(arguments))
             return 0
     # What cannot be understood is told there, by rank 0 once the ranks know who that is.
@@ -70,20 +75,15 @@ def _answer(arguments: Arguments) -> str:
 
 def _quiet_unless_first() -> contextlib.AbstractContextManager[object]:
     """Drop what this process prints if it is one of several, and not the first."""
-    if _launched_as() == 0:
+    if interpreter.first(os.environ):
         return contextlib.nullcontext()
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _launched_as() -> int:
-    """This process's rank as its launcher tells it, before there is an MPI to ask."""
-    names = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
-    told = next((os.environ[name] for name in names if name in os.environ), "0")
-    return int(told) if told.isdigit() else 0
-
-
 def run(argv: Sequence[str]) -> int:
     """Train on all ranks of this job; returns the exit status."""
+    if not interpreter.fits("mpi4py", "numpy", "torch"):
+        return 2
     from . import launch, observers
 
     with launch.start(TopologyConfig()) as job:

@@ -10,17 +10,16 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import interpreter
 from . import oldest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status. Runs on Python 3.7 and newer, to say what it needs."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    version = tuple(sys.version_info[:3])
-    told = oldest.complaint(version, os.environ.get("PATH"), os.path.dirname(package))
+    told = interpreter.complaint_here()
     words = sys.argv[1:] if argv is None else argv
     if told is not None:
-        if oldest.first(os.environ):
+        if interpreter.first(os.environ):
             print(oldest.report(told, "--json" in words), flush=True)
         return 1
     from .command import run

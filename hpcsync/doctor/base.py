@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import children
+from .. import children, interpreter
 from ..children import Answer
 from ..config import Config
 from ..device_probe.attempt import DEVICE
-from . import oldest
 from .place import Place
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -180,7 +179,7 @@ class System:
     def pip(self, *words: str) -> str:
         """The command that has pip install something into this environment, or makes another."""
         if not self.takes_packages:
-            return oldest.environment(self.python, PACKAGE.parent)
+            return interpreter.environment(self.python, PACKAGE.parent)
         return shlex.join([self.python, "-m", "pip", "install", *words])
 
 

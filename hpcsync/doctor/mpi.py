@@ -101,6 +101,10 @@ def singletons(system: System, told: Mapping[str, Any]) -> Iterator[Finding]:
     if told["size"] != place.size:
         why = f"{place.launcher} started {place.size} ranks, but MPI sees {told['size']}"
         yield fail("launch.size", why, _meeting(system, str(told["path"])))
+    elif place.size > 1:
+        yield good("launch", f"{place.size} ranks found each other")
+    else:
+        yield good("launch", "one rank")
 
 
 def _meeting(system: System, path: str) -> str:

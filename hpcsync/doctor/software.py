@@ -8,9 +8,8 @@ import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 
-from .. import cuda_state
+from .. import cuda_state, interpreter
 from ..children import Answer, last_line
-from . import oldest
 from .base import PACKAGE, Finding, System, fail, good, result, warn
 
 # Where torch's builds for older CUDA drivers are; the oldest that torch 2.11 is built for.
@@ -22,7 +21,7 @@ _NVIDIA, _COMPUTES = "0x10de", ("0x0300", "0x0302")
 
 def python(system: System) -> Iterator[Finding]:
     """Its version."""
-    told = oldest.complaint(system.version, system.env.get("PATH"), PACKAGE.parent)
+    told = interpreter.complaint(system.version, system.env.get("PATH"), PACKAGE.parent)
     if told is not None:
         yield fail("python.old", *told)
     else:

@@ -22,6 +22,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from .. import interpreter
+
+if not interpreter.fits("mpi4py", "numpy", "torch"):
+    sys.exit(2)
+
 from .. import launch
 from ..collectives import saved_costs
 from ..config import TopologyConfig

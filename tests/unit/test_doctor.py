@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hpcsync import children
+from hpcsync import children, interpreter
 from hpcsync.children import alone
-from hpcsync.doctor import checks, oldest, report, software
+from hpcsync.doctor import checks, report, software
 from hpcsync.doctor.__main__ import main as doctor_main
 from hpcsync.doctor.base import Check, Finding, Scope, Status, System, fail, good, warn
 from hpcsync.doctor.command import make_parser
@@ -268,29 +268,29 @@ def test_old_python(tmp_path: Path) -> None:
         "(venv / 'python').symlink_to(sys.executable)\n"
         "(venv / 'activate').write_text(f'PATH={venv}:$PATH')\n"
     )
-    why, fix = oldest.complaint((3, 9, 2), str(newer.parent), tmp_path)
+    why, fix = interpreter.complaint((3, 9, 2), str(newer.parent), tmp_path)
     assert why == "Python 3.9 is too old: hpcsync needs 3.11 or newer"
     told = shell(f"{fix}\npython -c 'import sys; print(sys.version_info[:2])'")
     assert told.startswith(str(sys.version_info[:2]))
-    assert oldest.complaint(tuple(sys.version_info), None, tmp_path) is None
+    assert interpreter.complaint(tuple(sys.version_info), None, tmp_path) is None
     (found,) = software.python(System(version=(3, 9, 2), env={"PATH": str(newer.parent)}))
     assert (found.code, found.status) == ("python.old", Status.FAIL)
 
 
 def test_old_python_without_a_checkout_or_a_newer_one(tmp_path: Path) -> None:
     newer = script(tmp_path, "python3.12", "")
-    assert oldest.complaint((3, 9, 2), str(tmp_path), "/nowhere")[1] == (
+    assert interpreter.complaint((3, 9, 2), str(tmp_path), "/nowhere")[1] == (
         f"{newer} -m venv ~/hpcsync && . ~/hpcsync/bin/activate"
         " && python -m pip install 'hpcsync[mpi]'"
     )
-    assert "uv python install" in oldest.complaint((3, 9, 2), "/nowhere", "/nowhere")[1]
+    assert "uv python install" in interpreter.complaint((3, 9, 2), "/nowhere", "/nowhere")[1]
 
 
 def test_old_python_reports_as_json_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(oldest, "complaint", lambda *_: ("too old", "newer"))
-    for name in oldest._RANKS:
+    monkeypatch.setattr(interpreter, "complaint", lambda *_: ("too old", "newer"))
+    for name in interpreter._RANKS:
         monkeypatch.delenv(name, raising=False)
     assert doctor_main(["--json", "--only", "shm"]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -309,7 +309,7 @@ def test_a_python_that_takes_no_packages(tmp_path: Path, monkeypatch: pytest.Mon
     bin_ = System(python="/usr/bin/python3", takes_packages=False).pip("rich")
     setup, activate = f"{ROOT}/tools/bootstrap.py setup", f". {ROOT}/.venv/bin/activate"
     assert bin_ == f"/usr/bin/python3 {setup} && {activate}"
-    assert oldest.environment("python3", tmp_path).startswith("python3 -m venv ")
+    assert interpreter.environment("python3", tmp_path).startswith("python3 -m venv ")
     (tmp_path / "EXTERNALLY-MANAGED").touch()
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     for prefix, pip, takes in (
@@ -339,7 +339,7 @@ def test_a_look_at_a_file_system_that_does_not_answer(
 
 def test_the_oldest_python_is_that_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'requires-python = ">={}.{}"'.format(*oldest.OLDEST) in text
+    assert 'requires-python = ">={}.{}"'.format(*interpreter.OLDEST) in text
 
 
 @provokes("shm.error")
