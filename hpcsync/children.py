@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -63,8 +65,16 @@ def facts(text: str) -> dict[str, Any]:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    """The last line that says something; of what a launcher frames by rules, the first sentence."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or not _is_rule(lines[-1]):
+        return lines[-1] if lines else ""
+    framed = itertools.takewhile(lambda line: not _is_rule(line), reversed(lines[:-1]))
+    return re.split(r"(?<=[.:])\s", " ".join(reversed(list(framed))))[0]
+
+
+def _is_rule(line: str) -> bool:
+    return len(line) > 3 and not line.strip("-=*")
 
 
 def _inherited(env: Mapping[str, str]) -> tuple[int, ...]:

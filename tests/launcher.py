@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -31,14 +32,16 @@ GRACE_S = 10.0
 # How long a job that did not end has to print its stacks.
 STACKS_S = 3.0
 # Where Open MPI's launcher fails now and then by itself, before anything of ours has begun: it
-# starts no process; it gives up where one of the machine's network interfaces, which it lists when
-# it starts, goes away meanwhile, as those of a virtual cluster do some time after it; or a rank
-# waits within MPI_Init for ever: its stack ends where Python initialises a module written in C.
+# starts no process, or a rank waits within MPI_Init for ever: its stack ends where Python
+# initialises a module written in C.
 _LAUNCHERS = ("mpirun", "prterun")
 _NEVER_BEGAN = re.compile(
-    r"The PMIx server's listener thread failed to start|\(most recent call first\):\n"
+    r"\(most recent call first\):\n"
     r'  File "<frozen importlib._bootstrap>", line \d+ in _call_with_frames_removed\n'
 )
+# Where Open MPI's launcher keeps the folder of its session, which is called by its process id. One
+# that is killed leaves it there, and a later one of that id would not start.
+SESSIONS = "PRTE_MCA_prte_tmpdir_base"
 
 
 def find_mpirun() -> str | None:
@@ -174,13 +177,16 @@ class Job:
         self._segments = shared_memory()
         self._began = time.monotonic()
         hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        self._env, self._cwd = environment({**hidden, **(env or {}), MARK: self.mark}), cwd
+        self._sessions = Path(tempfile.gettempdir(), f"hpcsync-job-{self.mark[:8]}")
+        own = {MARK: self.mark, SESSIONS: str(self._sessions)}
+        self.environment, self._cwd = environment({**hidden, **(env or {}), **own}), cwd
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
+        self._sessions.mkdir()
         return subprocess.Popen(
             self.command,
-            env=self._env,
+            env=self.environment,
             cwd=self._cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -241,6 +247,7 @@ class Job:
         seconds = time.monotonic() - self._began
         left, segments = self._leftovers(grace)
         self.kill()
+        shutil.rmtree(self._sessions, ignore_errors=True)
         return Outcome(
             command=self.command,
             status=self.process.returncode,

@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hpcsync.children import last_line  # noqa: E402
 from tools import benchmark  # noqa: E402
 from tools.benchmark import MIB, BenchmarkError  # noqa: E402
 
@@ -169,7 +170,7 @@ def reason(text: str) -> str:
     """The line of a failed job's output that says most."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line for line in lines if re.match(r"(hpcsync|bench_gpu): |\w+(\.\w+)*Error\b", line)]
-    return (told or lines or [""])[-1]
+    return told[-1] if told else last_line(text)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,6 @@ DECK = (
 CODECS = {"onebit_adam": ["compress.codec=onebit", "train.optimizer=onebit_adam", "train.freeze=8"]}
 # Of the time that all steps take: so a chain has several kills, and comes to its end.
 KILLED_WITHIN = 0.4
-# Of mpirun, where a network interface goes away while it lists them.
-NOT_STARTED = "The PMIx server's listener thread failed to start"
 
 
 class Shape(NamedTuple):
@@ -110,8 +108,6 @@ class Soak:
             over = before == self.options.steps
             after_s = None if over else source.uniform(0.0, long_s * KILLED_WITHIN)
             killed, text = self._start(shape, run, after_s)
-            if NOT_STARTED in text:
-                continue
             self._taken_up(shape, before, text)
             if not killed:
                 break
@@ -142,6 +138,10 @@ class Soak:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_"))}
         env = mpirun_environment(env)
         env |= {"OMP_NUM_THREADS": "1", MARK: mark, "PYTHONPATH": str(ROOT)}
+        # What an mpirun that is killed leaves would stop a later one of its process id.
+        sessions = self.folder / f"{mark}.mpirun"
+        sessions.mkdir()
+        env["PRTE_MCA_prte_tmpdir_base"] = str(sessions)
         words = [sys.executable, "-m", "hpcsync.train", *DECK]
         words += CODECS.get(shape.codec, [f"compress.codec={shape.codec}"])
         words += [f"train.steps={self.options.steps}", f"checkpoint.every={self.options.every}"]
@@ -163,6 +163,7 @@ class Soak:
             log.seek(0)
             text = log.read()
         Path(log.name).unlink()
+        shutil.rmtree(sessions, ignore_errors=True)
         return killed, text
 
     def _stepped(self, job: subprocess.Popen[bytes], run: Path) -> bool:

@@ -295,7 +295,9 @@ class VirtualCluster:
     # -- running on it -------------------------------------------------------------------
 
     def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
-        own = {"TMPDIR": str(self._folder / "tmp"), "GLOO_SOCKET_IFNAME": "eth0"}
+        temporary = str(self._folder / "tmp")
+        own = {"TMPDIR": temporary, "PRTE_MCA_prte_tmpdir_base": temporary}
+        own["GLOO_SOCKET_IFNAME"] = "eth0"
         return os.environ | own | dict(env or {})
 
     @staticmethod

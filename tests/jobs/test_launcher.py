@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -74,6 +75,19 @@ subprocess.Popen(["sleep", "300"], stdout=null, stderr=null, start_new_session=T
     outcome = job.wait(60, grace=0.5)
     assert "sleep" in outcome.processes_left[0]
     assert not job.processes()
+
+
+def test_what_a_killed_mpirun_leaves_is_removed() -> None:
+    """Open MPI's folder of a session, which would stop a later mpirun of the same process id."""
+    command = launcher.mpirun(1)
+    if not launcher.is_open_mpi(command[0]):
+        pytest.skip("another MPI")
+    job = launcher.Job([*command, "sleep", "300"])
+    sessions = Path(job.environment[launcher.SESSIONS])
+    job.wait_until(lambda: any(sessions.glob("*/pmix.*")))
+    assert job.wait(0.1).timed_out
+    assert not sessions.exists()
+    assert not [*Path(tempfile.gettempdir()).glob(f"ompi.{job.process.pid}")]
 
 
 def test_segments_left_behind_are_seen() -> None:

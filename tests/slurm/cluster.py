@@ -121,6 +121,7 @@ class SlurmCluster:
         strangers = ("SLURM_", "SBATCH_", "SRUN_", "HPCSYNC_")
         env = {k: v for k, v in env.items() if not k.startswith(strangers) or k in (extra or {})}
         env["SLURM_CONF"] = str(self.folder / "slurm.conf")
+        env[launcher.SESSIONS] = str(self.folder)
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
         # More ranks than the machine has cores.
         env.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

@@ -93,6 +93,10 @@ def test_a_failed_part_is_told_by_its_error() -> None:
     assert bench_gpu.reason(text) == "DeviceError: no room"
     assert bench_gpu.reason("only this\n") == "only this"
     assert bench_gpu.reason("") == ""
+    rule = 70 * "-"
+    framed = f"one\n{rule}\nThe listener failed to\nstart. We cannot\ncontinue.\n{rule}\n"
+    assert bench_gpu.reason(framed) == "The listener failed to start."
+    assert bench_gpu.reason(f"{rule}\n{rule}\n") == ""
 
 
 def test_a_part_that_fails_leaves_the_others(

@@ -23,7 +23,7 @@ from .mpi import exchange
 
 _LIMIT_S = 60.0
 _RANKS = 2
-_STARTS = 2  # an mpirun may fail for reasons that pass, as a network interface that went away
+_STARTS = 2  # an mpirun may fail for reasons that pass
 # So that a network, or too few cores or slots, has no say.
 _OPEN_MPI = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -45,8 +45,10 @@ def run(_device: Device, spec: str, index: int, env: Mapping[str, str]) -> None:
     for _ in range(_STARTS):
         with tempfile.TemporaryDirectory(prefix="hpcsync-pair-") as folder:
             words = ["-n", str(_RANKS), sys.executable, "-m", __name__, spec, str(index), folder]
-            answer = children.call([command, *words], {**_OPEN_MPI, **env}, _LIMIT_S)
-            for path in sorted(Path(folder).iterdir()):
+            # What an Open MPI that is killed leaves would stop a later one of its process id.
+            own = {**_OPEN_MPI, "PRTE_MCA_prte_tmpdir_base": folder}
+            answer = children.call([command, *words], {**own, **env}, _LIMIT_S)
+            for path in sorted(Path(folder).glob("*.json")):
                 told.update(children.facts(path.read_text()))
         if answer.ok:
             return
@@ -84,7 +86,7 @@ if __name__ == "__main__":
     end_with_parent()
     signal.alarm(int(_LIMIT_S) + 1)  # mpirun may be gone
     status = 0
-    sys.stdout = Path(sys.argv[3], str(os.getpid())).open("w")  # noqa: SIM115 - until the end
+    sys.stdout = Path(sys.argv[3], f"{os.getpid()}.json").open("w")  # noqa: SIM115 - until the end
     try:
         pair(sys.argv[1], int(sys.argv[2]))
     except Exception as error:
