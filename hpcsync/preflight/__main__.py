@@ -3,7 +3,7 @@
     processors and memory -> pairs in nodes -> pairs between nodes -> all ranks at once -> verdict
 
 What looks slow is measured again before a node is named for it; processors and memory, which
-others on a node use for seconds, a third time after a while.
+others on a node use for seconds, a third time after a while, and they must be slow each time.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .options import parse
 
 if TYPE_CHECKING:
     from . import judge, report
+    from .compute import Rates
 
 NAMED = 4  # exit status: some nodes are slow or wrong
 _AGAIN_S = (0.0, 2.0)  # waits before what looks slow is measured again
@@ -126,12 +127,16 @@ def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> rep
     measuring = Survey(
         runtime, [told[ranks[0]][1] for ranks in topology.nodes], Budget(runtime, options.seconds)
     )
-    rates = measuring.compute()
+    looks = [measuring.compute()]
     levels = {"node": measuring.in_nodes(), "rail": measuring.between_nodes()}
 
-    def verdict() -> tuple[list[judge.NodeFound], list[judge.Slow]]:
+    def judged(rates: list[Rates]) -> tuple[list[judge.NodeFound], list[judge.Slow]]:
         nodes = judge.nodes_of(topology, names, rates, levels["node"], levels["rail"])
         return nodes, judge.slow_nodes(nodes, options.slow)
+
+    def verdict() -> tuple[list[judge.NodeFound], list[judge.Slow]]:
+        nodes, slow = judged(judge.best_of(looks))
+        return nodes, judge.lasting(slow, [judged(rates)[1] for rates in looks])
 
     nodes, slow = verdict()
     for wait_s in _AGAIN_S:
@@ -144,7 +149,7 @@ def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> rep
             break
         time.sleep(wait_s)
         if suspected & {"product", "memory"}:
-            rates = measuring.compute(rates)
+            looks.append(measuring.compute())
         if "inside" in suspected:
             levels["node"].look_again(measuring.in_nodes())
         if suspected & {"link", "latency"}:
@@ -152,7 +157,7 @@ def _measure(runtime: Runtime, options: argparse.Namespace, began: float) -> rep
         nodes, slow = verdict()
     measuring.close()
     faults = [fault for level in levels.values() for fault in level.faults]
-    rates = judge.odd_products(rates)
+    rates = judge.odd_products(judge.best_of(looks))
     wrong = judge.wrong_nodes(topology, faults, rates)
     return report.Result(
         topology=topology,

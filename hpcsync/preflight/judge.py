@@ -120,6 +120,27 @@ def slow_nodes(nodes: Sequence[NodeFound], share: float) -> list[Slow]:
     return sorted(found, key=lambda slow: slow.node)
 
 
+def best_of(looks: Sequence[Sequence[Rates]]) -> list[Rates]:
+    """The best of each rank."""
+    best = list(looks[0])
+    for rates in looks[1:]:
+        best = [now.better(then) for now, then in zip(rates, best, strict=True)]
+    return best
+
+
+def lasting(slow: Sequence[Slow], looks: Sequence[Sequence[Slow]]) -> list[Slow]:
+    """Those that each look found too, of what ranks compute and move.
+
+    The best of one look and the best of another must not be compared: a memory that others use as
+    well, as nodes on one machine do, is faster in one than in the other.
+    """
+    found = list(slow)
+    for each in looks:
+        seen = {(known.node, known.what) for known in each}
+        found = [one for one in found if one.rank is None or (one.node, one.what) in seen]
+    return found
+
+
 def _alike(nodes: Sequence[NodeFound], what: str) -> list[dict[int, float]]:
     """Values by node, for each group of nodes that may be compared: two of them or more."""
     groups: dict[int, dict[int, float]] = {}

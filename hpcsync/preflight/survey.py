@@ -111,12 +111,8 @@ class Survey:
             self._comm.Free()
         self._node_comm.Free()
 
-    def compute(self, before: Sequence[Rates] = ()) -> list[Rates]:
-        """Of every rank; the ranks of a node at once.
-
-        Args:
-            before: an earlier measurement; the better of both counts.
-        """
+    def compute(self) -> list[Rates]:
+        """Of every rank; the ranks of a node at once."""
         runtime = self._runtime
         shift = turns.shifts(self._machines)
         bench = Bench(device_of(runtime.local_rank))
@@ -127,8 +123,6 @@ class Survey:
                 runtime.wait(self._node_comm.Ibarrier())
                 mine = bench.measure(agree=self._anybody)
         found: list[Rates] = runtime.allgather_object(mine)
-        if before:
-            found = [now.better(then) for now, then in zip(found, before, strict=True)]
         return found
 
     def _anybody(self, wants: bool) -> bool:

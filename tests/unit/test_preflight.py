@@ -80,6 +80,28 @@ def found(topology: Topology, level: Level, **slow: float) -> report.Result:
     )
 
 
+def test_a_node_that_missed_a_fast_moment_is_not_slow() -> None:
+    """Nodes of one machine: its memory got slower between two looks, after node 2's first turn."""
+    topology, share = cluster(3, 1), 0.8
+    early, late = rates(topology, memory2=0.75), rates(topology, memory0=0.7, memory1=0.72)
+    late = [replace(each, memory=min(each.memory, 0.75 * 10e9)) for each in late]
+    looks = [early, late]
+
+    def judged(found: list[Rates]) -> list[judge.Slow]:
+        return judge.slow_nodes(
+            judge.nodes_of(topology, topology.names, found, Level(), Level()), share
+        )
+
+    slow = judged(judge.best_of(looks))
+    assert [(each.node, each.what) for each in slow] == [(2, "memory")]
+    assert judge.lasting(slow, [judged(each) for each in looks]) == []
+    twice = [early, early]
+    slow = judged(judge.best_of(twice))
+    assert judge.lasting(slow, [judged(each) for each in twice]) == slow != []
+    links = [judge.Slow(1, "link", 1.0, 0.5)]
+    assert judge.lasting(links, [[], []]) == links, "those are looked at again by themselves"
+
+
 # -- who exchanges when --------------------------------------------------------------------
 
 
