@@ -70,7 +70,7 @@ def last_line(text: str) -> str:
     if not lines or not _is_rule(lines[-1]):
         return lines[-1] if lines else ""
     framed = itertools.takewhile(lambda line: not _is_rule(line), reversed(lines[:-1]))
-    return re.split(r"(?<=[.:])\s", " ".join(reversed(list(framed))))[0]
+    return re.split(r"(?<=\.)\s", " ".join(reversed(list(framed))))[0]
 
 
 def _is_rule(line: str) -> bool:

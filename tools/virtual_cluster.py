@@ -295,8 +295,8 @@ class VirtualCluster:
     # -- running on it -------------------------------------------------------------------
 
     def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
-        temporary = str(self._folder / "tmp")
-        own = {"TMPDIR": temporary, "PRTE_MCA_prte_tmpdir_base": temporary}
+        # Each node has its own there: mpirun's daemons may have one process id in several nodes.
+        own = dict.fromkeys(("TMPDIR", "PRTE_MCA_prte_tmpdir_base"), str(self._folder / "tmp"))
         own["GLOO_SOCKET_IFNAME"] = "eth0"
         return os.environ | own | dict(env or {})
 

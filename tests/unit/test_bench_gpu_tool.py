@@ -96,6 +96,7 @@ def test_a_failed_part_is_told_by_its_error() -> None:
     rule = 70 * "-"
     framed = f"one\n{rule}\nThe listener failed to\nstart. We cannot\ncontinue.\n{rule}\n"
     assert bench_gpu.reason(framed) == "The listener failed to start."
+    assert bench_gpu.reason(f"{rule}\nWARNING: no\nslots.\n{rule}\n") == "WARNING: no slots."
     assert bench_gpu.reason(f"{rule}\n{rule}\n") == ""
 
 

@@ -81,7 +81,7 @@ def found(topology: Topology, level: Level, **slow: float) -> report.Result:
 
 
 def test_a_node_that_missed_a_fast_moment_is_not_slow() -> None:
-    """Nodes of one machine: its memory got slower between two looks, after node 2's first turn."""
+    """Nodes of one machine, whose memory was fast only while the others had their first turns."""
     topology, share = cluster(3, 1), 0.8
     early, late = rates(topology, memory2=0.75), rates(topology, memory0=0.7, memory1=0.72)
     late = [replace(each, memory=min(each.memory, 0.75 * 10e9)) for each in late]
